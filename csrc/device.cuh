@@ -1,0 +1,74 @@
+// What the kernels share: warp and block sums and ranks, and the checked launch. Compiled by nvcc, or by g++ through emulate.h.
+// Every function here is called by all threads of the block.
+#pragma once
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include "emulate.h"
+#endif
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace mimfast {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// sum of `value` over the block; `scratch` has kThreads / 32 ints of shared memory
+template <int kThreads>
+__device__ __forceinline__ int block_sum(int value, int* scratch) {
+  const int in_warp = __reduce_add_sync(kAllLanes, value);
+  if (kThreads == 32) return in_warp;
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = in_warp;
+  __syncthreads();
+  int total = 0;
+  for (int warp = 0; warp < kThreads / 32; ++warp) total += scratch[warp];
+  __syncthreads();  // scratch may be written again
+  return total;
+}
+
+struct Rank {
+  int before;  // threads below this one with the flag set
+  int total;   // threads of the block with the flag set
+};
+
+// rank of each thread among those with `flag` set; `scratch` as in block_sum
+template <int kThreads>
+__device__ __forceinline__ Rank block_rank(bool flag, int* scratch) {
+  const unsigned votes = __ballot_sync(kAllLanes, flag);
+  Rank rank = {__popc(votes & ((1u << threadIdx.x % 32) - 1)), __popc(votes)};
+  if (kThreads == 32) return rank;
+  const int own_warp = threadIdx.x / 32;
+  if (threadIdx.x % 32 == 0) scratch[own_warp] = rank.total;
+  __syncthreads();
+  rank.total = 0;
+  for (int warp = 0; warp < kThreads / 32; ++warp) {
+    if (warp < own_warp) rank.before += scratch[warp];
+    rank.total += scratch[warp];
+  }
+  __syncthreads();  // scratch may be written again
+  return rank;
+}
+
+// starts `kernel` on `blocks` x `threads` and raises std::runtime_error with a sentence when the launch is refused
+template <typename... Params>
+void launch(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, CUstream_st* stream, Params... params) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX)
+    throw std::runtime_error(std::string(op) + ": grid has " + std::to_string(blocks) +
+                             " blocks, expected at most 2147483647 because CUDA counts them in 31 bits");
+#ifdef __CUDACC__
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(params...);
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(op) + ": CUDA launch of " + std::to_string(blocks) + " blocks of " +
+                             std::to_string(threads) + " threads failed because " + cudaGetErrorString(status));
+#else
+  static_cast<void>(stream);
+  emulate::run({static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, [=] { kernel(params...); });
+#endif
+}
+
+}  // namespace mimfast

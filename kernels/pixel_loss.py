@@ -1,0 +1,169 @@
+"""Loss of predicted against true pixels over hidden patches, and the gradient of the prediction in the same pass.
+
+Work: one program takes ROWS patches (rows of `pred`; one from 14 x 14 pixels up). For a hidden patch it reads the D
+predictions and the D pixels once, takes mean and variance in two passes over registers, and writes one loss and D
+gradients; for a visible one it reads a flag and writes a zero loss and D zeros.
+Bytes, D = 768, bf16 predictions, uint8 images: per hidden patch 1536 + 768 read, 1536 written; per visible patch 1536 written.
+Backward: the gradient was stored for an upstream gradient of 1. When it is 1 the second launch only reads that scalar;
+otherwise it computes the gradient anew from the same bytes, so that it is rounded once and fp16 does not underflow at
+1 / (count * D).
+fp32: everything between load and store.
+Deterministic: one writer per element, no atomics; torch adds up the per-patch losses in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 1024  # elements per program, 8 per lane with 4 warps; small patches share a program, large ones get more warps
+KINDS = {"mse": 0, "l1": 1, "smooth_l1": 2}
+
+
+@triton.jit
+def pixel_loss_kernel(
+    pred_ptr,  # [B, L, D] fp32, bf16 or fp16, any strides; only hidden rows are read
+    img_ptr,  # [B, 3, H, W] uint8 or floating point, any strides; only pixels of hidden patches are read
+    hidden_ptr,  # [B, L] uint8, contiguous, 1 = hidden
+    count_ptr,  # [] int64, number of hidden patches in the batch
+    loss_ptr,  # [B * L] fp32, fully written if LOSS; adds up to the loss
+    grad_ptr,  # [B, L, D] as pred, contiguous, fully written if GRAD
+    upstream_ptr,  # [] fp32, read unless LOSS
+    rows, L, grid_w,  # B * L, patches per image and per row of patches
+    pred_b, pred_l, pred_d,  # strides in elements
+    img_b, img_c, img_h, img_w,
+    scale_0, scale_1, scale_2, shift_0, shift_1, shift_2,  # pixel value = x * scale + shift, per channel
+    eps, beta,
+    PATCH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+    KIND: tl.constexpr,  # 0 mse, 1 l1, 2 smooth_l1
+    LOSS: tl.constexpr, GRAD: tl.constexpr,  # what to write: both, the loss alone, or (backward) the gradient alone
+    STALE: tl.constexpr,  # backward: grad_ptr does not hold the gradient for an upstream gradient of 1
+):  # fmt: skip
+    upstream = 1.0
+    if not LOSS:
+        upstream = tl.load(upstream_ptr)
+        if not STALE:  # noqa: SIM102  a constant and a run-time condition do not mix
+            if upstream == 1.0:
+                return
+    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside_R = row_R < rows
+    hidden_R = tl.load(hidden_ptr + row_R, mask=inside_R, other=0) != 0
+    count = tl.maximum(tl.load(count_ptr), 1).to(tl.float32)
+    weight = 1.0 / (count * D)
+
+    d_D = tl.arange(0, BLOCK_D)
+    full_D = d_D < D
+    read_RD = hidden_R[:, None] & full_D[None, :]
+    b_R, l_R = row_R // L, row_R % L
+
+    # (py, px, c) order, channel fastest
+    c_D, px_D, py_D = d_D % 3, (d_D // 3) % PATCH, d_D // (3 * PATCH)
+    corner_R = b_R * img_b + (l_R // grid_w) * PATCH * img_h + (l_R % grid_w) * PATCH * img_w
+    pixel_D = py_D.to(tl.int64) * img_h + px_D.to(tl.int64) * img_w + c_D.to(tl.int64) * img_c
+    target = tl.load(img_ptr + corner_R[:, None] + pixel_D[None, :], mask=read_RD, other=0).to(tl.float32)
+    scale_D = tl.where(c_D == 0, scale_0, tl.where(c_D == 1, scale_1, scale_2))
+    shift_D = tl.where(c_D == 0, shift_0, tl.where(c_D == 1, shift_1, shift_2))
+    target = target * scale_D[None, :] + shift_D[None, :]
+    if NORM:
+        mean_R = tl.sum(tl.where(full_D[None, :], target, 0.0), axis=1) / D
+        target = target - mean_R[:, None]
+        var_R = tl.sum(tl.where(full_D[None, :], target * target, 0.0), axis=1) / (D - 1)
+        target = target * tl.div_rn(1.0, tl.sqrt_rn(var_R + eps))[:, None]
+
+    from_RD = (b_R * pred_b + l_R * pred_l)[:, None] + d_D.to(tl.int64)[None, :] * pred_d
+    pred = tl.load(pred_ptr + from_RD, mask=read_RD, other=0.0).to(tl.float32)
+    diff = tl.where(read_RD, pred - target, 0.0)
+    size = tl.abs(diff)
+    sign = tl.where(diff > 0, 1.0, tl.where(diff < 0, -1.0, diff))  # diff itself where it is 0 or NaN
+    if KIND == 0:
+        loss, step = diff * diff, 2.0 * diff
+    elif KIND == 1:
+        loss, step = size, sign
+    else:
+        loss = tl.where(size < beta, 0.5 * diff * diff / beta, size - 0.5 * beta)
+        step = tl.where(size < beta, diff / beta, sign)
+    if LOSS:
+        tl.store(loss_ptr + row_R, tl.sum(loss, axis=1) * weight, mask=inside_R)
+    if GRAD:
+        # where(): an upstream NaN or infinity does not reach visible patches
+        step = tl.where(read_RD, step * (weight * upstream), 0.0)
+        at_RD = row_R[:, None] * D + d_D[None, :]
+        tl.store(grad_ptr + at_RD, step.to(grad_ptr.dtype.element_ty), mask=inside_R[:, None] & full_D[None, :])
+
+
+def pixel_loss_fwd(
+    pred: Tensor, img: Tensor, hidden: Tensor, patch: int, norm: bool, kind: str,
+    mean: list[float], std: list[float], eps: float, beta: float, grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the loss, the gradient of pred for an upstream gradient of 1 (empty unless `grad`), the count of hidden."""
+    count = hidden.sum()
+    loss_R = torch.empty(hidden.numel(), dtype=torch.float32, device=pred.device)
+    d_pred = torch.empty(pred.shape if grad else (0,), dtype=pred.dtype, device=pred.device)
+    inputs = (pred, img, hidden, count, loss_R, d_pred, loss_R)
+    _launch(inputs, patch, norm, kind, mean, std, eps, beta, LOSS=True, GRAD=grad, STALE=True)
+    return loss_R.sum(), d_pred, count
+
+
+def pixel_loss_bwd(
+    d_pred: Tensor, pred: Tensor, img: Tensor, hidden: Tensor, count: Tensor, upstream: Tensor, patch: int, norm: bool,
+    kind: str, mean: list[float], std: list[float], eps: float, beta: float, stale: bool,
+) -> None:  # fmt: skip
+    """Turn `d_pred`, as the forward left it, or with any content when `stale`, into the gradient for `upstream`."""
+    inputs = (pred, img, hidden, count, d_pred, d_pred, upstream)
+    _launch(inputs, patch, norm, kind, mean, std, eps, beta, LOSS=False, GRAD=True, STALE=stale)
+
+
+def _launch(
+    inputs: tuple[Tensor, ...], patch: int, norm: bool, kind: str,
+    mean: list[float], std: list[float], eps: float, beta: float, **what: bool,
+) -> None:  # fmt: skip
+    pred, img, hidden, *rest = inputs
+    B, L, D = pred.shape
+    raw = img.dtype == torch.uint8
+    scale = [1 / (255 * s) if raw else 1.0 for s in std]
+    shift = [-m / s if raw else 0.0 for m, s in zip(mean, std)]
+    block, rows, warps = tiling(D)
+    if B * L == 0:
+        return
+    with torch.cuda.device_of(pred):
+        pixel_loss_kernel[(triton.cdiv(B * L, rows),)](
+            pred, img, hidden.contiguous().view(torch.uint8), *rest, B * L, L, img.shape[3] // patch,
+            *pred.stride(), *img.stride(), *scale, *shift, eps, beta,
+            PATCH=patch, D=D, BLOCK_D=block, ROWS=rows, NORM=norm, KIND=KINDS[kind], num_warps=warps, **what,
+        )  # fmt: skip
+
+
+def tiling(D: int) -> tuple[int, int, int]:
+    """Columns, rows and warps of a program for patches of D values."""
+    block = triton.next_power_of_2(D)
+    return block, max(1, TILE // block), 4 if block <= 2048 else 8
+
+
+def _aot(pred: str, img: str, patch: int, **constants: bool | int) -> tuple:
+    """One compilation as training makes it: dense NCHW images and predictions, so that both last strides are 1."""
+    D = patch * patch * 3
+    block, rows, warps = tiling(D)
+    types = {
+        "pred_ptr": pred,
+        "img_ptr": img,
+        "hidden_ptr": "*u8",
+        "count_ptr": "*i64",
+        "loss_ptr": "*fp32",
+        "grad_ptr": pred,
+    }
+    types |= {"upstream_ptr": "*fp32", **dict.fromkeys(("rows", "L", "grid_w"), "i32")}
+    types |= dict.fromkeys(("pred_b", "pred_l", "img_b", "img_c", "img_h"), "i32:16" if patch == 16 else "i32")
+    types |= {f"{s}_{c}": "fp32" for s in ("scale", "shift") for c in range(3)} | {"eps": "fp32", "beta": "fp32"}
+    shape = {"pred_d": 1, "img_w": 1, "PATCH": patch, "D": D, "BLOCK_D": block, "ROWS": rows}
+    return pixel_loss_kernel, types, shape | {"NORM": True, "KIND": 0, "GRAD": True} | constants, warps
+
+
+# what bench/aot_triton.py compiles for every architecture: name -> kernel, argument types, constants, warps
+AOT = {
+    "fwd-bf16-u8-16": _aot("*bf16", "*u8", 16, LOSS=True, STALE=True),
+    "fwd-fp32-bf16-14-smooth": _aot("*fp32", "*bf16", 14, LOSS=True, STALE=True, KIND=2),
+    "fwd-fp16-fp32-32-l1": _aot("*fp16", "*fp32", 32, LOSS=True, STALE=True, KIND=1),
+    "fwd-bf16-u8-4": _aot("*bf16", "*u8", 4, LOSS=True, STALE=True),
+    "bwd-bf16-u8-16": _aot("*bf16", "*u8", 16, LOSS=False, STALE=False),
+    "eval-bf16-u8-16": _aot("*bf16", "*u8", 16, LOSS=True, STALE=True, GRAD=False),
+}

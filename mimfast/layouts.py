@@ -1,0 +1,351 @@
+"""Checkpoints in and out: `load` recognises whose names a file has, `export` writes timm's, Hugging Face's or MAE's."""
+
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from math import isqrt
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mimfast import _names, _weights
+from mimfast._check import UserError, fail
+from mimfast.decoders import ViTDecoder
+from mimfast.encoders.positions import sincos_2d
+from mimfast.encoders.vit import EPS, ViT
+from mimfast.methods.mae import MAE
+from mimfast.targets import Pixels
+
+log = logging.getLogger("mimfast")
+
+Layout = Literal["timm", "hf", "mae"]
+LAYOUTS = ("timm", "hf", "mae")
+# heads are not in a state dict: those of the published sizes, by width
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+DECODER_HEADS = {512: 16}
+
+
+@dataclass
+class LoadReport:
+    """What `load` recognised.
+
+    Attributes:
+        layout: whose names the source has.
+        source: the path, or "a mapping".
+        model: the sizes of what was built.
+        missing: names the model has and the source has not; they keep their random initialisation.
+        unexpected: names the source has and the model has not; they were left out.
+        notes: everything that was assumed.
+    """
+
+    layout: str
+    source: str
+    model: str
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.source}: {self.layout}, {self.model}",
+            f"missing: {_some(self.missing)}",
+            f"unexpected: {_some(self.unexpected)}",
+        ]
+        return "; ".join([*parts, *self.notes])
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    norm: bool | None = None,
+    ratio: float | None = None,
+) -> nn.Module:
+    """Build the method (when the source has a decoder) or the encoder (when not) of a checkpoint, with its weights.
+
+    Recognised: our own runs and exports, official MAE files (encoder only or full), timm's ViTs, Hugging Face's ViTMAE
+    (folder, file or state dict). The result carries a `load_report` (`LoadReport`), logged at INFO under "mimfast".
+    Nothing in a file is executed.
+
+    Args:
+        source: file, folder, state dict, or checkpoint object that holds one.
+        img_size: pixels or (height, width); needed when the grid is not square and the source does not say.
+        heads: attention heads of the encoder, when the source does not say and the width is of no published size.
+        decoder_heads: the same for the decoder.
+        norm: whether the target is standardised per patch; overrides the source, True when nothing says.
+        ratio: mask ratio; overrides the source, 0.75 when nothing says.
+    Returns:
+        `MAE` or `ViT`, fp32 on the CPU, in training mode.
+    Raises:
+        UserError: a source that is missing, empty, damaged, of no known layout, inconsistent, or that asks for code.
+    Warns:
+        UserWarning: names are missing or unexpected.
+    """
+    weights = _weights.read(source)
+    layout, state = _recognise(weights)
+    config = _sizes(weights, state, _grid_given(img_size), heads, decoder_heads, norm, ratio)
+    # building draws random numbers: the caller's generator must not notice
+    with torch.random.fork_rng(devices=[]):
+        model = _build(config)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = "; ".join(line.strip().rstrip(".") for line in str(error).splitlines()[1:])
+        raise UserError(
+            f"load: source has {weights.source!r}, expected tensors of one model because {reason}"
+        ) from error
+    _note_positions(model, weights.notes)
+    report = LoadReport(layout, weights.source, _describe(config), list(missing), list(unexpected), weights.notes)
+    if missing or unexpected:
+        warnings.warn(f"load: {report}", stacklevel=2)
+    log.info("loaded %s", report)
+    model.load_report = report  # type: ignore[assignment]
+    return model
+
+
+def _recognise(weights: _weights.Weights) -> tuple[str, dict[str, Tensor]]:
+    state = weights.state
+    if any(key.removeprefix("vit.") == _names.PATCH_PROJECTION for key in state):
+        layout, state = "Hugging Face ViTMAE", _names.from_hf(state)
+    elif weights.config:
+        layout = "mimfast"
+    else:
+        layout = (
+            "official MAE" if "decoder_embed.weight" in state else "official MAE encoder or timm ViT (the same names)"
+        )
+    for key, dims in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("blocks.0.mlp.fc1.weight", 2)):
+        if key not in state or state[key].ndim != dims:
+            found = ", ".join(list(state)[:4])
+            raise UserError(
+                f"load: source has names like {found}, expected those of MAE, timm's ViT or Hugging Face's ViTMAE "
+                f"because {key!r} with {dims} dimensions is not among them ({weights.source})"
+            )
+    return layout, state
+
+
+def _sizes(
+    weights: _weights.Weights,
+    state: dict[str, Tensor],
+    img_size: tuple[int, int] | None,
+    heads: int | None,
+    decoder_heads: int | None,
+    norm: bool | None,
+    ratio: float | None,
+) -> dict[str, Any]:
+    """The `config` of the model: what the tensors say, then the caller, the file, the published sizes."""
+    own, hf, args, notes = weights.config, weights.hf_config, weights.args, weights.notes
+    own_encoder = own.get("encoder", own)
+    dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+    size = img_size or own_encoder.get("img_size") or _square_size(state["pos_embed"].shape[1] - 1, patch)
+    encoder = {
+        "img_size": list(size),
+        "patch": patch,
+        "dim": dim,
+        "depth": _depth(state, "blocks"),
+        "heads": _heads("heads", dim, heads or own_encoder.get("heads") or hf.get("num_attention_heads"), notes),
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+    }
+    _note_hf(hf, notes)
+    if "decoder_embed.weight" not in state:
+        return encoder
+    width = state["decoder_embed.weight"].shape[0]
+    known_heads = decoder_heads or own.get("decoder", {}).get("heads") or hf.get("decoder_num_attention_heads")
+    fc1 = state.get("decoder_blocks.0.mlp.fc1.weight")
+    decoder = {
+        "dim": width,
+        "depth": _depth(state, "decoder_blocks"),
+        "heads": _heads("decoder_heads", width, known_heads, notes),
+        "mlp_ratio": 4.0 if fc1 is None else fc1.shape[0] / width,
+    }
+    return {
+        "method": "MAE",
+        "encoder": encoder,
+        "decoder": decoder,
+        "ratio": _first("ratio", 0.75, notes, ratio, own.get("ratio"), hf.get("mask_ratio"), args.get("mask_ratio")),
+        "norm": _first("norm", True, notes, norm, own.get("norm"), hf.get("norm_pix_loss"), args.get("norm_pix_loss")),
+        "kind": own.get("kind", "mse"),
+    }
+
+
+def _first(name: str, default: Any, notes: list[str], *given: Any) -> Any:
+    value = next((v for v in given if v is not None), None)
+    if value is None:
+        notes.append(f"assumed {name}={default}, which the source does not say")
+    return default if value is None else value
+
+
+def _heads(name: str, width: int, known: int | None, notes: list[str]) -> int:
+    if known is not None:
+        return known
+    # the published decoder has heads of 32 channels, the encoders of 64 (H/14: 80)
+    table, channels = (HEADS, 64) if name == "heads" else (DECODER_HEADS, 32)
+    if width in table:
+        notes.append(f"assumed {name}={table[width]}, as the published sizes have at width {width}")
+        return table[width]
+    guess = max(1, width // channels)
+    while width % guess:
+        guess -= 1
+    notes.append(
+        f"guessed {name}={guess} (heads of {width // guess} channels at width {width}); pass {name}= if it is another"
+    )
+    return guess
+
+
+def _depth(state: dict[str, Tensor], stack: str) -> int:
+    numbers = [int(found[1]) for key in state if (found := re.match(rf"{stack}\.(\d+)\.", key))]
+    return 1 + max(numbers, default=-1)
+
+
+def _grid_given(img_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (img_size, img_size) if isinstance(img_size, int) else img_size
+
+
+def _square_size(patches: int, patch: int) -> tuple[int, int]:
+    side = isqrt(max(patches, 0))
+    if side < 1 or side * side != patches:
+        reason = f"{patches} patches are not a square grid and the source does not say which"
+        fail("load", "img_size", "None", "(height, width) in pixels", reason)
+    return (side * patch, side * patch)
+
+
+def _note_hf(hf: dict[str, Any], notes: list[str]) -> None:
+    eps, act = hf.get("layer_norm_eps", EPS), hf.get("hidden_act", "gelu")
+    if eps != EPS:
+        notes.append(f"its layer_norm_eps is {eps:g}, ours {EPS:g}")
+    if act != "gelu":
+        notes.append(f"its hidden_act is {act!r}, ours the exact gelu: outputs differ")
+
+
+def _note_positions(model: nn.Module, notes: list[str]) -> None:
+    vit = model.encoder if isinstance(model, MAE) else model
+    assert isinstance(vit, ViT)
+    if not torch.allclose(vit.pos_embed.detach(), sincos_2d(vit.dim, vit.grid), atol=1e-3):
+        notes.append("its position embedding is not the sine-cosine table: kept as it is, and never trained here")
+
+
+def _build(config: dict[str, Any]) -> nn.Module:
+    sizes = config.get("encoder", config)
+    encoder = ViT(**{**sizes, "img_size": tuple(sizes["img_size"])})
+    if "decoder" not in config:
+        return encoder
+    decoder = ViTDecoder(encoder.dim, encoder.grid, encoder.patch, **config["decoder"])
+    return MAE(encoder, decoder, Pixels(encoder.patch, config["norm"], config["kind"]), config["ratio"])
+
+
+def _describe(config: dict[str, Any]) -> str:
+    vit = config.get("encoder", config)
+    height, width = vit["img_size"]
+    text = (
+        f"ViT {vit['dim']} wide, {vit['depth']} blocks, {vit['heads']} heads, patch {vit['patch']}, {height}x{width} px"
+    )
+    if "decoder" not in config:
+        return text
+    decoder = config["decoder"]
+    return f"MAE of {text}; decoder {decoder['dim']} wide, {decoder['depth']} blocks, {decoder['heads']} heads"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return (", ".join(names[:6]) or "none") + more
+
+
+def export(model: nn.Module, path: str | os.PathLike[str], layout: Layout = "timm") -> Path:
+    """Write the weights under somebody else's names; the write is atomic, an existing file is replaced.
+
+    Args:
+        model: `MAE` or `ViT` (also inside DistributedDataParallel or torch.compile).
+        path: "timm": a .safetensors file of the encoder that loads strictly into timm's VisionTransformer with
+            num_classes=0. "hf": a folder with config.json and model.safetensors for ViTMAEForPreTraining (MAE) or
+            ViTMAEModel (ViT). "mae": a .pth file {"model": official names}, or .safetensors with the same names.
+        layout: as above.
+    Returns:
+        the path.
+    Raises:
+        UserError: an unknown layout, a model or a path that does not go with it.
+    """
+    if layout not in LAYOUTS:
+        close = get_close_matches(str(layout), LAYOUTS, n=1, cutoff=0.3)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        fail("export", "layout", repr(layout), f"one of {list(LAYOUTS)}", f"no other layout is written{hint}")
+    model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "module", model)
+    encoder = model.encoder if isinstance(model, MAE) else model
+    if not isinstance(encoder, ViT):
+        fail(
+            "export",
+            "model",
+            type(model).__name__,
+            "a MAE over a ViT, or a ViT",
+            f"the layout {layout!r} has names for nothing else",
+        )
+    target = Path(path)
+    if layout == "hf":
+        _export_hf(model, encoder, target)
+        return target
+    suffixes = (".safetensors",) if layout == "timm" else (".safetensors", ".pth", ".pt")
+    if target.suffix not in suffixes:
+        wanted = " or ".join(f"a name in {s}" for s in suffixes)
+        fail("export", "path", repr(str(target)), wanted, f"the layout {layout!r} is written in these formats")
+    source: Any = encoder if layout == "timm" else model
+    write = _weights.write_safetensors if target.suffix == ".safetensors" else _weights.write_torch
+    write(source.state_dict(), target, source.config)
+    return target
+
+
+def _export_hf(model: nn.Module, encoder: ViT, path: Path) -> None:
+    if encoder.grid[0] != encoder.grid[1]:
+        rows, columns = encoder.grid
+        fail(
+            "export",
+            "model",
+            f"grid {rows}x{columns}",
+            "a square grid",
+            "Hugging Face's ViTMAE builds its positions for square images",
+        )
+    if path.is_file():
+        fail(
+            "export",
+            "path",
+            f"{str(path)!r}, a file",
+            "a folder",
+            "the layout 'hf' is config.json and model.safetensors",
+        )
+    full = isinstance(model, MAE)
+    config = {
+        "architectures": ["ViTMAEForPreTraining" if full else "ViTMAEModel"],
+        "model_type": "vit_mae",
+        "hidden_size": encoder.dim,
+        "num_hidden_layers": encoder.depth,
+        "num_attention_heads": encoder.heads,
+        "intermediate_size": int(encoder.dim * encoder.mlp_ratio),
+        "hidden_act": "gelu",
+        "layer_norm_eps": EPS,
+        "image_size": encoder.img_size[0],
+        "patch_size": encoder.patch,
+        "num_channels": 3,
+        "qkv_bias": True,
+    }
+    if isinstance(model, MAE):
+        decoder = model.decoder
+        config |= {
+            "decoder_hidden_size": decoder.dim,
+            "decoder_num_hidden_layers": decoder.depth,
+            "decoder_num_attention_heads": decoder.heads,
+            "decoder_intermediate_size": int(decoder.dim * decoder.mlp_ratio),
+            "mask_ratio": model.ratio,
+            "norm_pix_loss": bool(model.config.get("norm", False)),
+        }
+    text = json.dumps(config, indent=2) + "\n"
+    _weights.write_atomically(path / "config.json", lambda tmp: tmp.write_text(text))
+    state = _names.to_hf(model.state_dict(), decoder=full)
+    owner: Any = model
+    _weights.write_safetensors(state, path / "model.safetensors", owner.config)

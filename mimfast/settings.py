@@ -1,0 +1,192 @@
+"""Settings of a run as text: TOML in and out, layering (recipe < TOML file < command line), and "did you mean"."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from mimfast._check import UserError
+from mimfast.recipes import Recipe, as_dict
+
+# of each pair the first one wins when both are set, so setting the second must clear the first
+RIVALS = {"train.epochs": "train.steps", "optim.base_lr": "optim.lr"}
+
+# sections that do not change a single weight
+_HARMLESS = ("score", "run")
+_HARMLESS_KEYS = {"data.workers", "data.eval", "data.labels", "train.device", "train.log_every", "train.keep"} | {
+    "train.checkpoint_steps",
+    "train.checkpoint_minutes",
+}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the nearest of `known`, or an empty string."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not near and "." not in word:
+        tails = [k for k in known if difflib.get_close_matches(word, [k.rpartition(".")[2]], n=1, cutoff=0.75)]
+        near = tails[:1]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def known_keys() -> dict[str, Any]:
+    """Every setting as {'section.key': type}."""
+    found = {}
+    for section, holder in typing.get_type_hints(Recipe).items():
+        for key, kind in typing.get_type_hints(holder).items():
+            found[f"{section}.{key}"] = kind
+    return found
+
+
+def override(recipe: Recipe, settings: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe with {'section.key': value} laid over it.
+
+    Args:
+        recipe: what is changed; it stays as it is.
+        settings: values as TOML gives them; the word "none" stands for None.
+        where: named in the messages, for example the file.
+    Raises:
+        UserError: for an unknown key (with the nearest known one) and for a value of the wrong type.
+    """
+    known = known_keys()
+    recipe = clear_rivals(recipe, settings) if settings else recipe
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        if name not in known:
+            raise UserError(
+                f"pretrain: {where} has the key {name!r}, which is not a setting{did_you_mean(name, known)}"
+            )
+        section, key = name.split(".")
+        sections.setdefault(section, {})[key] = _as_type(name, value, known[name], where)
+    parts = {section: dataclasses.replace(getattr(recipe, section), **values) for section, values in sections.items()}
+    return dataclasses.replace(recipe, **parts)
+
+
+def clear_rivals(recipe: Recipe, given: Iterable[str]) -> Recipe:
+    """The recipe with the winner of each pair in RIVALS unset when only the other one is among the `given` keys."""
+    given = set(given)
+    return override(
+        recipe, {winner: "none" for rival, winner in RIVALS.items() if rival in given and winner not in given}, ""
+    )
+
+
+def _as_type(name: str, value: Any, kind: Any, where: str) -> Any:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value == "none" or value is None:
+            return None
+        return _as_type(name, value, next(k for k in options if k is not type(None)), where)
+    if origin is Literal and value in options:
+        return value
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(options):
+        return tuple(_as_type(name, v, k, where) for v, k in zip(value, options))
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if kind in (int, bool, str) and type(value) is kind:
+        return value
+    raise UserError(
+        f"pretrain: {name} has {value!r} in {where}, expected {_words(kind)} because that is the type of the setting"
+    )
+
+
+def _words(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(repr(o) for o in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"{len(typing.get_args(kind))} numbers"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The settings in a TOML file as {'section.key': value}; a top-level `recipe = "name"` comes back under "recipe".
+
+    Raises:
+        UserError: when the file is missing, unreadable or not TOML, or has a value outside a section.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"pretrain: --config has {str(path)!r}, expected a TOML file because {_reason(error)}"
+        ) from error
+    try:
+        tree = _toml().loads(text)
+    except ValueError as error:
+        raise UserError(
+            f"pretrain: --config has {str(path)!r}, expected a TOML file because its text is not TOML ({error})"
+        ) from error
+    flat: dict[str, Any] = {}
+    for section, values in tree.items():
+        if isinstance(values, dict):
+            flat.update({f"{section}.{key}": value for key, value in values.items()})
+        elif section == "recipe":
+            flat["recipe"] = values
+        else:
+            raise UserError(
+                f"pretrain: {path} has the key {section!r} outside a section{did_you_mean(section, known_keys())}"
+            )
+    return flat
+
+
+def _toml() -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        return tomllib
+    import tomli
+
+    return tomli
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def to_toml(recipe: Recipe, heading: str = "") -> str:
+    """The recipe as TOML text that `read_toml` and `override` turn back into the same recipe."""
+    lines = [f"# {line}" for line in heading.splitlines()]
+    for section, values in as_dict(recipe).items():
+        lines += ["", f"[{section}]"]
+        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items()]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, str):
+        # JSON's escapes are a subset of TOML's once DEL is written out
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Sixteen hex digits over every setting that changes what is learnt (not place, logging, hardware)."""
+    return hashlib.sha256(json.dumps(_learning(recipe), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def changed(old: Recipe, new: Recipe) -> list[str]:
+    """The settings that change what is learnt and differ, as 'section.key: old -> new'."""
+    before, after = _learning(old), _learning(new)
+    return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
+
+
+def _learning(recipe: Recipe) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, values in as_dict(recipe).items()
+        for key, value in values.items()
+        if section not in _HARMLESS and f"{section}.{key}" not in _HARMLESS_KEYS
+    }

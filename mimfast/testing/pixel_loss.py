@@ -1,0 +1,85 @@
+"""Cases of pixel_loss, for its test and its benchmark.   B batch, L patches, D = patch*patch*3, H W pixels"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mimfast._images import normalize
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "uint8": torch.uint8}
+
+
+class Case(NamedTuple):
+    batch: int
+    height: int
+    width: int
+    patch: int
+    pred: str = "fp32"
+    img: str = "uint8"
+    kind: str = "mse"
+    norm: bool = True
+    layout: str = (
+        "plain"  # or "channels_last", "cropped" (a window of a larger image, predictions behind a class token)
+    )
+    ratio: float = 0.75
+
+    def __str__(self) -> str:
+        norm = "norm" if self.norm else "plain"
+        size = f"{self.batch}x{self.height}x{self.width}/{self.patch}"
+        return f"{size}-{self.pred}-{self.img}-{self.kind}-{norm}-{self.layout}"
+
+
+# every kind x norm x type of prediction and image on one tiny shape, then layouts, then odd sizes
+CASES = [
+    Case(2, 8, 12, 4, pred, img, kind, norm)
+    for pred in ("fp32", "bf16", "fp16")
+    for img in ("uint8", "fp32", "bf16")
+    for kind in ("mse", "l1", "smooth_l1")
+    for norm in (True, False)
+]
+CASES += [
+    Case(2, 12, 8, 4, "fp32", img, layout=layout)
+    for img in ("uint8", "fp32")
+    for layout in ("channels_last", "cropped")
+]
+CASES += [
+    Case(1, 4, 6, 2), Case(3, 10, 5, 5), Case(2, 28, 14, 14), Case(1, 32, 16, 16, "fp16"), Case(1, 32, 64, 32),
+    Case(2, 8, 12, 4, ratio=1.0), Case(1, 14, 14, 7, ratio=0.0),
+]  # fmt: skip
+BENCH = [Case(b, 224, 224, 16, "bf16", img) for b in (64, 256) for img in ("uint8", "bf16")]
+
+
+def make(case: Case, device: str = "cpu") -> dict[str, Any]:
+    """The arguments of pixel_loss for one case: random, `pred` requiring a gradient, as many hidden in every image."""
+    L, D = (case.height // case.patch) * (case.width // case.patch), 3 * case.patch**2
+    hidden_BL = torch.rand(case.batch, L).argsort(-1) < round(case.ratio * L)
+    return {
+        "pred": _pred(case, L, D).to(device).requires_grad_(),
+        "img": _img(case, device),
+        "hidden": hidden_BL.to(device),
+        "patch": case.patch,
+        "norm": case.norm,
+        "kind": case.kind,
+        "beta": 0.7,
+    }
+
+
+def _pred(case: Case, L: int, D: int) -> Tensor:
+    if case.layout != "cropped":
+        return torch.randn(case.batch, L, D).to(DTYPES[case.pred])
+    return torch.randn(case.batch, 1 + L, 2 * D).to(DTYPES[case.pred])[:, 1:, ::2]
+
+
+def _img(case: Case, device: str) -> Tensor:
+    # smooth enough that neighbouring pixels resemble each other, as in photographs
+    pad = 3 if case.layout == "cropped" else 0
+    coarse = torch.randint(0, 256, (case.batch, 3, -(-case.height // 4) + 2, -(-case.width // 4) + 2)).float()
+    size = (case.height + 2 * pad, case.width + 2 * pad)
+    img = torch.nn.functional.interpolate(coarse, size, mode="bilinear")
+    img = (img + 8 * torch.randn_like(img)).clamp(0, 255).to(torch.uint8).to(device)
+    if case.img != "uint8":
+        img = normalize(img, dtype=DTYPES[case.img])
+    if case.layout == "channels_last":
+        return img.to(memory_format=torch.channels_last)
+    return img[:, :, pad : pad + case.height, pad : pad + case.width] if pad else img

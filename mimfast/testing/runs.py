@@ -1,0 +1,39 @@
+"""A run so small that a test can make many: coloured gradients as images, a network of a few thousand weights."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mimfast.recipes import Data, Model, Optim, Recipe, Run, Score, Target, Train
+
+
+def write_images(folder: Path, count: int = 12, classes: int = 0, side: int = 24) -> Path:
+    """Write `count` PNG files of `side` px, in class folders when `classes` is not 0; classes differ in colour. Returns `folder`."""
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 1, side)
+    for i in range(count):
+        below = folder / f"class{i % classes}" if classes else folder
+        below.mkdir(parents=True, exist_ok=True)
+        colour = rng.uniform(0.2, 1, 3)
+        if classes:
+            colour = 0.3 * colour + 0.7 * np.eye(3)[i % classes % 3]
+        picture = np.outer(ramp, rng.uniform(0.3, 1) + 0 * ramp)[..., None] * colour + 0.05 * rng.random(
+            (side, side, 3)
+        )
+        Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8)).save(below / f"{i:03d}.png")
+    return folder
+
+
+def tiny_recipe(data: Path | str, out: Path | str, **train: int | float | str) -> Recipe:
+    """A recipe of 6 steps of 4 images of 16 px on the CPU; keywords replace entries of its train section."""
+    return Recipe(
+        model=Model("mae", "vit", 16, 4, 16, 1, 2, decoder_dim=16, decoder_depth=1, decoder_heads=2),
+        target=Target(norm=False),
+        data=Data(path=str(data), holdout=0.25, workers=0),
+        optim=Optim(batch_size=4, lr=3e-3, warmup=0.2),
+        train=replace(Train(steps=6, log_every=1, checkpoint_steps=2, checkpoint_minutes=0, device="cpu"), **train),  # type: ignore[arg-type]
+        score=Score(views=2),
+        run=Run(name="tiny", out=str(out), tensorboard=False),
+    )

@@ -1,0 +1,114 @@
+"""What a run shows: a live bar on a terminal, plain lines otherwise, nothing on ranks other than the first."""
+
+import math
+import os
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+
+class Screen:
+    """Prints for one process. The live bar needs rich and a terminal; NO_COLOR turns the colours off, TERM=dumb the
+    bar.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+        terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.live = terminal and not quiet and find_spec("rich") is not None
+        self._colour = terminal and not os.environ.get("NO_COLOR")
+
+    def say(self, text: str, style: str = "") -> None:
+        """One sentence, or several lines. style: "bold", "dim" or "yellow"."""
+        if self.quiet:
+            return
+        code = {"bold": "1", "dim": "2", "yellow": "33"}.get(style)
+        if code and self._colour:
+            text = f"\033[{code}m{text}\033[0m"
+        if self._bar is not None:
+            from rich.text import Text
+
+            # the bar moves down by itself
+            self._bar.console.print(Text.from_ansi(text), soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """One sentence that asks for attention."""
+        self.say(f"warning: {text}", "yellow")
+
+    def begin(self, step: int, steps: int) -> None:
+        """Start the display of the training loop."""
+        if not self.live:
+            return
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[numbers]}"),
+        )
+        self._bar = Progress(*columns, refresh_per_second=4)
+        self._task = self._bar.add_task("", total=steps, completed=step, numbers="first batches ...")
+        self._bar.start()
+
+    def step(self, step: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def line(self, line: dict[str, Any], steps: int) -> None:
+        """Show one line of metrics."""
+        numbers = "  ".join(_numbers(line, steps))
+        if self._bar is not None:
+            self._bar.update(self._task, numbers=numbers)
+        else:
+            self.say(f"step {line['step']:{len(str(steps))}d}/{steps}  {numbers}")
+
+    def end(self) -> None:
+        """Stop the display of the loop."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def table(self, title: str, head: list[str], rows: list[list[str]], notes: list[str]) -> None:
+        """Print a small table, first row in bold, numbers to the right, notes below."""
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
+
+        def joined(cells: list[str]) -> str:
+            return "   ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
+
+        self.say(f"\n{title}", "bold")
+        self.say(f"{joined(head)}\n{rule}", "dim")
+        for i, row in enumerate(rows):
+            self.say(joined(row), "" if i else "bold")
+        self.say(rule, "dim")
+        for note in notes:
+            self.say(note, "dim")
+
+
+def _numbers(line: dict[str, Any], steps: int) -> list[str]:
+    rate = line["images_per_second"]
+    left = (steps - line["step"]) * line["batch_size"] / rate if rate else math.nan
+    numbers = [
+        f"loss {line['loss']:.4f}",
+        f"{rate:.0f} img/s",
+        f"data-wait {100 * line['data_wait']:.0f} %",
+        f"lr {line['lr']:.1e}",
+        f"mem {line['memory'] / 2**30:.2f} GiB",
+        f"eta {clock(left)}",
+    ]
+    more = {"skipped steps": line["skipped"], "bad images": line["bad_images"]}
+    return numbers + [f"{name} {count}" for name, count in more.items() if count]
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,248 @@
+"""pixel_loss: parity with the reference, the reference itself, the contract, properties, messages."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from mimfast._check import UserError
+from mimfast._images import normalize
+from mimfast.ops.pixel_loss import IMPLS, KINDS, pixel_loss, pixel_loss_ref
+from mimfast.testing import assert_close_to_ref, poisoned, skip_unless
+from mimfast.testing.pixel_loss import CASES, Case, make
+
+SMALL = Case(2, 8, 12, 4)
+KERNELS = [impl for impl in IMPLS if impl != "ref"]
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_value_and_gradient(case, impl, device):
+    skip_unless(impl, device)
+    args = make(case, device)
+    if case.pred == "bf16" and device == "cpu":
+        # Triton's interpreter truncates to bfloat16 where the hardware rounds, so there only the loss can be judged
+        args["pred"] = args["pred"].detach()
+    with poisoned():
+        assert_close_to_ref(partial(pixel_loss, impl=impl), pixel_loss_ref, args)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_agrees_with_the_formula_written_out(kind, norm, impl, device):
+    skip_unless(impl, device)
+    args = make(SMALL._replace(kind=kind, norm=norm), device)
+    got = pixel_loss(**args, impl=impl).item()
+    assert got == pytest.approx(formula(**args), rel=1e-5)
+
+
+def formula(pred: Tensor, img: Tensor, hidden: Tensor, patch: int, norm: bool, kind: str, beta: float) -> float:
+    """MAE section 3 pixel by pixel, in Python floats."""
+    img, cols, losses = normalize(img, dtype=torch.float64), img.shape[3] // patch, []
+    for b, token in hidden.nonzero().tolist():
+        top, left = token // cols * patch, token % cols * patch
+        t = [img[b, c, top + y, left + x].item() for y in range(patch) for x in range(patch) for c in range(3)]
+        if norm:
+            mean = sum(t) / len(t)
+            var = sum((v - mean) ** 2 for v in t) / (len(t) - 1)
+            t = [(v - mean) / math.sqrt(var + 1e-6) for v in t]
+        d = [abs(p - v) for p, v in zip(pred[b, token].tolist(), t)]
+        smooth = [v * v / (2 * beta) if v < beta else v - beta / 2 for v in d]
+        f = {"mse": [v * v for v in d], "l1": d, "smooth_l1": smooth}[kind]
+        losses.append(sum(f) / len(f))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_ref(kind):
+    args = make(SMALL._replace(batch=1, height=4, kind=kind))
+    pred = args.pop("pred").detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: pixel_loss_ref(p, **args), pred)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.37])
+@pytest.mark.parametrize("pred", ["fp32", "fp16"])
+def test_backward_twice_gives_the_same_and_leaves_the_first_alone(pred, upstream, device):
+    skip_unless("triton", device)
+    args = make(SMALL._replace(pred=pred), device)
+    x = args["pred"]
+    (want,) = torch.autograd.grad(upstream * pixel_loss(**args, impl="ref"), x)
+    loss = pixel_loss(**args, impl="triton")
+    (first,) = torch.autograd.grad(upstream * loss, x, retain_graph=True)
+    (other,) = torch.autograd.grad(3 * upstream * loss, x, retain_graph=True)
+    (last,) = torch.autograd.grad(upstream * loss, x)
+    assert torch.equal(first, last)
+    torch.testing.assert_close(first, want)
+    torch.testing.assert_close(other, 3 * want)
+
+
+def test_small_fp16_gradients_survive_a_loss_scale(device):
+    skip_unless("triton", device)
+    args = make(SMALL._replace(pred="fp16"), device)
+    args["pred"] = (args["pred"] * 1e-3).detach().requires_grad_()
+    grads = [torch.autograd.grad(pixel_loss(**args, impl=i) * 2.0**-14, args["pred"])[0] for i in IMPLS]
+    assert grads[1].count_nonzero() > 0
+    torch.testing.assert_close(grads[0], grads[1], rtol=2e-3, atol=6e-8)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_in_visible_patches_matters(impl, device):
+    skip_unless(impl, device)
+    args = make(SMALL._replace(img="fp32"), device)
+    visible_BL = ~args["hidden"]
+    pixels = visible_BL.view(2, 1, 2, 3).repeat_interleave(4, 2).repeat_interleave(4, 3).expand_as(args["img"])
+    spoilt = dict(args, img=args["img"].masked_fill(pixels, float("nan")))
+    spoilt["pred"] = args["pred"].detach().masked_fill(visible_BL[..., None], float("nan")).requires_grad_()
+    with poisoned():
+        loss, (grad,) = _loss_and_grad(spoilt, impl)
+    want, (want_grad,) = _loss_and_grad(args, impl)
+    assert torch.equal(loss, want)
+    assert torch.equal(grad, want_grad)
+    assert not grad[visible_BL].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_hidden_patch_costs_nothing(impl, device):
+    skip_unless(impl, device)
+    loss, (grad,) = _loss_and_grad(
+        dict(make(SMALL, device), hidden=torch.zeros(2, 6, dtype=torch.bool, device=device)), impl
+    )
+    assert loss.item() == 0
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_constant_patches_and_exact_predictions(impl, device):
+    skip_unless(impl, device)
+    args = make(SMALL._replace(img="fp32"), device) | {"img": torch.full((2, 3, 8, 12), 0.5, device=device)}
+    args["pred"] = torch.zeros(2, 6, 48, device=device, requires_grad=True)
+    for kind in KINDS:
+        loss, (grad,) = _loss_and_grad(args | {"kind": kind}, impl)
+        assert loss.item() == 0
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_indices_mean_the_same_as_the_map(impl, device):
+    skip_unless(impl, device)
+    args = make(SMALL, device)
+    indices = args["hidden"].nonzero()[:, 1].view(2, -1).flip(-1)
+    with_map, with_indices = (_loss_and_grad(a, impl) for a in (args, args | {"hidden": indices}))
+    assert torch.equal(with_map[0], with_indices[0])
+    assert torch.equal(with_map[1][0], with_indices[1][0])
+
+
+def test_permuting_images_permutes_the_gradient(device):
+    skip_unless("triton", device)
+    args = make(Case(4, 8, 8, 4), device)
+    order = torch.tensor([2, 0, 3, 1], device=device)
+    moved = {k: v[order] if isinstance(v, Tensor) else v for k, v in args.items()}
+    moved["pred"] = moved["pred"].detach().requires_grad_()
+    (loss, (grad,)), (loss_moved, (grad_moved,)) = (_loss_and_grad(a, "triton") for a in (args, moved))
+    assert torch.equal(grad[order], grad_moved)
+    torch.testing.assert_close(loss, loss_moved)
+
+
+def test_prediction_without_gradient(device):
+    skip_unless("triton", device)
+    args = make(SMALL, device)
+    want = pixel_loss(**args, impl="triton")
+    assert torch.equal(pixel_loss(**args | {"pred": args["pred"].detach()}, impl="triton"), want)
+    with torch.no_grad():
+        loss = pixel_loss(**args, impl="triton")
+    assert torch.equal(loss, want)
+    assert not loss.requires_grad
+
+
+def test_contract(device):
+    skip_unless("triton", device)
+    args = make(SMALL, device)
+    pred, img, hidden = args["pred"].detach(), args["img"], args["hidden"]
+    config = (4, True, "mse", [0.5, 0.4, 0.3], [0.2, 0.2, 0.3], 1e-6, 1.0)
+    for grad in (True, False):
+        torch.library.opcheck(torch.ops.mimfast.pixel_loss_fwd, (pred, img, hidden, *config, grad, "triton"))
+    tensors = (torch.zeros_like(pred), pred, img, hidden, hidden.sum(), torch.tensor(0.5, device=device))
+    torch.library.opcheck(torch.ops.mimfast.pixel_loss_bwd, (*tensors, *config, True, "triton"))
+
+
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+def test_compiles_without_a_graph_break(impl, device):
+    skip_unless(impl, device)
+    args = make(SMALL, device)
+
+    @partial(torch.compile, backend="aot_eager", fullgraph=True)
+    def step(pred: Tensor) -> Tensor:
+        return 0.5 * pixel_loss(pred, args["img"], args["hidden"], patch=4, impl=impl)
+
+    x = args["pred"]
+    (got,) = torch.autograd.grad(step(x), x)
+    (want,) = torch.autograd.grad(0.5 * pixel_loss(x, args["img"], args["hidden"], patch=4, impl="ref"), x)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_changes_nothing(impl, device):
+    skip_unless(impl, device)
+    args = make(SMALL, device)
+    with torch.autocast(device, torch.bfloat16):
+        inside = pixel_loss(**args, impl=impl)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, pixel_loss(**args, impl=impl))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs and streams need a GPU")
+def test_graph_capture_and_a_side_stream_give_the_same(device):
+    args = make(Case(2, 64, 64, 16, "bf16"), device)
+    want, (want_grad,) = _loss_and_grad(args, "triton")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _loss_and_grad(args, "triton")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, (grad,) = _loss_and_grad(args, "triton")
+    graph.replay()
+    assert torch.equal(loss, want)
+    assert torch.equal(grad, want_grad)
+
+
+def _loss_and_grad(args: dict, impl: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+    loss = pixel_loss(**args, impl=impl)
+    return loss.detach(), torch.autograd.grad(loss, args["pred"])
+
+
+BAD = [
+    ({"img": torch.zeros(2, 3, 8, 10)}, r"img has 8 x 10 pixels, expected multiples of 4 because patches are 4 x 4"),
+    ({"img": torch.zeros(2, 1, 8, 12)}, r"img has shape \(2, 1, 8, 12\), expected \(any, 3, any, any\) because"),
+    ({"img": torch.zeros(2, 3, 8, 12, dtype=torch.int32)}, r"img has dtype int32, expected uint8 or float32 or"),
+    (
+        {"pred": torch.zeros(2, 6, 47)},
+        r"pred has shape \(2, 6, 47\), expected \(2, 6, 48\) because 8/4 x 12/4 gives 6 patches",
+    ),
+    ({"pred": torch.zeros(2, 6, 48, dtype=torch.int64)}, r"pred has dtype int64, expected float32 or"),
+    ({"pred": torch.zeros(2, 6, 48, device="meta")}, r"img has device cpu, expected meta because pred is there"),
+    ({"hidden": torch.zeros(2, 5, dtype=torch.bool)}, r"hidden has shape \(2, 5\), expected \(2, 6\) because"),
+    ({"hidden": torch.zeros(2, 6)}, r"hidden has dtype float32, expected bool or int64 because"),
+    ({"patch": 0}, r"patch has 0, expected 1 or more because"),
+    ({"kind": "huber"}, r"kind has 'huber', expected 'mse' or 'l1' or 'smooth_l1' because"),
+    ({"beta": 0.0}, r"beta has 0.0, expected a number above 0 because"),
+    ({"impl": "cuda"}, r"impl has 'cuda', expected one of 'auto', 'triton', 'ref' because"),
+    (
+        {"pred": torch.zeros(2, 6, 48, dtype=torch.float64), "impl": "triton"},
+        r"impl has 'triton', .* because .* float64",
+    ),
+    (
+        {"img": torch.zeros(2, 3, 8, 12, requires_grad=True), "impl": "triton"},
+        r"because the kernel has no gradient for img",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[m[:24] for _, m in BAD])
+def test_says_what_is_wrong(change, message):
+    with pytest.raises(UserError, match="pixel_loss: .*" + message):
+        pixel_loss(**make(SMALL) | change)
