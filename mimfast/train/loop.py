@@ -29,6 +29,7 @@ from mimfast.recipes import Recipe
 from mimfast.train import checkpoint, folder, parallel
 from mimfast.train.metrics import Log, Meter
 from mimfast.train.optim import guarded_step, make_optimizer, set_lr
+from mimfast.train.recolour import recolour
 from mimfast.train.schedule import lr_at
 from mimfast.train.screen import Screen
 
@@ -260,7 +261,9 @@ def _loop(job: _Job, loader: Loader, stop: _Stop) -> None:
 def _loss(job: _Job, model: Any, batch: Batch) -> Tensor:
     device = job.world.device
     img, ids, epochs = (_move(tensor, device) for tensor in (batch.img, batch.sample_ids, batch.epochs))
-    mask = job.method.sample_mask(len(ids), sample_ids=ids, seed=job.recipe.train.seed, epoch=epochs, device=device)
+    seed = job.recipe.train.seed
+    img = recolour(img, ids, epochs, seed, job.recipe.data.recolour)
+    mask = job.method.sample_mask(len(ids), sample_ids=ids, seed=seed, epoch=epochs, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=_bf16(job)):
         return model(img, mask)
 
