@@ -1,5 +1,5 @@
-// The Python module mimfast._core: plain functions on addresses, sizes and a stream handle. Shapes, dtypes and devices are
-// checked by the fronts in mimfast/ops. The tests build this file a second time with the kernels emulated, see emulate.h.
+// The Python module mimfast._core: plain functions on addresses, sizes and a stream handle. The fronts in mimfast/ops
+// check shapes, dtypes and devices. The tests build this file a second time with the kernels emulated, see emulate.h.
 #include <pybind11/pybind11.h>
 
 #include <sstream>
@@ -38,8 +38,19 @@ py::object source_hash(const std::string& op) {
 mimfast::MaskPlan make_mask_plan(uintptr_t sample_ids, uintptr_t epochs, int64_t epoch, int64_t batch, int32_t rows,
                                  int32_t cols, int32_t unit, int32_t keep_units, uint64_t seed, uint32_t word_mask,
                                  uintptr_t keep, uintptr_t inverse, uintptr_t hidden) {
-  return {at<const int64_t>(sample_ids), at<const int64_t>(epochs), epoch, batch, rows, cols, unit, keep_units, seed,
-          word_mask, at<int64_t>(keep), at<int64_t>(inverse), at<bool>(hidden)};
+  return {at<const int64_t>(sample_ids),
+          at<const int64_t>(epochs),
+          epoch,
+          batch,
+          rows,
+          cols,
+          unit,
+          keep_units,
+          seed,
+          word_mask,
+          at<int64_t>(keep),
+          at<int64_t>(inverse),
+          at<bool>(hidden)};
 }
 
 using release_gil = py::call_guard<py::gil_scoped_release>;
@@ -48,7 +59,9 @@ using release_gil = py::call_guard<py::gil_scoped_release>;
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Native kernels of mimfast; called through mimfast.ops.";
-  m.def("cuda_archs", [] { return MIMFAST_CUDA_ARCHS; }, "CUDA architectures compiled in, as \"80 90\"; empty when none.");
+  m.def(
+      "cuda_archs", [] { return MIMFAST_CUDA_ARCHS; },
+      "CUDA architectures compiled in, as \"80 90\"; empty when none.");
   m.def("cuda_missing", [] { return MIMFAST_CUDA_MISSING; }, "Why there are no CUDA kernels; empty when there are.");
   m.def("source_hash", &source_hash, py::arg("op"), "sha256 over the sources of an op's CUDA kernel, or None.");
 

@@ -7,12 +7,12 @@ namespace {
 
 // One block plans one image: the words of its units stay in registers, kItems per thread, four to a Philox block.
 //
-// The threshold T with exactly keep_units words below it is built bit by bit from the top. A step costs one block sum; the
-// search ends at the first T that separates, after about log2(U) + 3 steps instead of 32, because words are spread out.
+// The threshold T with exactly keep_units words below it is built bit by bit from the top. A step costs one block sum;
+// the search ends at the first T that separates, after about log2(U) + 3 steps instead of 32, as words are spread out.
 // Only when the boundary words are equal does no T separate; the lowest units among the equal ones then fill the rest.
 //
 // U <= 256 takes one warp, which needs no block barrier and lets 32 images share a multiprocessor.
-// shared memory: kThreads * kItems bytes + 4 per warp; registers: see bench/aot_native.json, no spills
+// registers 31 to 40, no spills; shared memory: kThreads * kItems bytes + 4 per warp, at most 8256
 // floor: B * (8 K + 9 L) bytes written / HBM bandwidth, or the launch for small batches
 template <int kThreads, int kItems>
 __global__ void __launch_bounds__(kThreads) mask_plan_kernel(MaskPlan plan) {
@@ -35,8 +35,7 @@ __global__ void __launch_bounds__(kThreads) mask_plan_kernel(MaskPlan plan) {
     PhiloxBlock drawn = {{0, 0, 0, 0}};
     if (4 * block < units) drawn = philox_words(plan.seed, kStreamMask, epoch, sample_id, block);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      word[4 * j + i] = 4 * block + i < units ? drawn.word[i] & plan.word_mask : 0xffffffffu;
+    for (int i = 0; i < 4; ++i) word[4 * j + i] = 4 * block + i < units ? drawn.word[i] & plan.word_mask : 0xffffffffu;
   }
 
   uint32_t threshold = 0;

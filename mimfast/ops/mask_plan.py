@@ -1,11 +1,11 @@
 """Random masking as a pure function of (seed, epoch, sample id): which tokens each image shows to the encoder.
 
-He et al., "Masked autoencoders are scalable vision learners", arXiv:2111.06377, section 3 and algorithm of random masking;
-Xie et al., "SimMIM", arXiv:2111.09886, section 3.2 for mask units larger than a token and for rounding the hidden count up.
+He et al., "Masked autoencoders are scalable vision learners", arXiv:2111.06377, section 3; Xie et al., "SimMIM",
+arXiv:2111.09886, section 3.2 for mask units larger than a token and for rounding the hidden count up.
 
-The tokens form a grid of rows x cols, cut into square mask units of unit x unit tokens. Unit u of a sample draws word u of the
-mask stream (mimfast/philox.py); the units with the smallest (word, u) are kept. Official code keeps the units of smallest
-uniform noise, so the law of the mask is the same; here it does not depend on batch size, workers or device.
+The tokens form a grid of rows x cols, cut into square mask units of unit x unit tokens. Unit u of a sample draws word u
+of the mask stream (mimfast/philox.py); the units with the smallest (word, u) are kept. Official code keeps the units of
+smallest uniform noise, so the law of the mask is the same; here it does not depend on batch size, workers or device.
 
 B samples, U mask units, L tokens, K kept tokens.
 """
@@ -30,7 +30,7 @@ ALL_BITS = 0xFFFFFFFF
 
 
 class MaskPlan(NamedTuple):
-    """keep (B, K) int64 ascending; inverse (B, L) int64, a permutation; hidden (B, L) bool, True = hidden from the encoder."""
+    """keep (B, K) int64 ascending; inverse (B, L) int64, a permutation; hidden (B, L) bool, True = not seen."""
 
     keep: Tensor
     inverse: Tensor
@@ -47,7 +47,7 @@ def mask_plan_ref(
     seed: int,
     word_mask: int = ALL_BITS,
 ) -> MaskPlan:
-    """The specification, in traceable torch for any device. Words are taken & word_mask: tests force ties with few bits."""
+    """The specification, in traceable torch for any device. Tests force ties with few bits in word_mask."""
     B, units = len(sample_ids_B), (rows // unit) * (cols // unit)
     word_BU = words(seed, STREAM_MASK, epoch, sample_ids_B, units) & word_mask
     key_BU = word_BU << 26 | torch.arange(units, device=word_BU.device)
@@ -80,15 +80,16 @@ def mask_plan(
         unit: side of a square mask unit in tokens; divides rows and cols. U = L / unit^2.
         sample_ids: (B,) int64, all 64 bits count; None stands for 0 .. B - 1.
         seed: int in [0, 2^64).
-        epoch: int, or (B,) int64 on the device of sample_ids; the low 32 bits count. Under CUDA graphs an int is baked in.
-        rounding: "keep_floor" keeps int(U * (1 - ratio)) units as MAE does; "hide_ceil" hides ceil(U * ratio) as SimMIM does.
+        epoch: int, or (B,) int64 on the device of sample_ids; the low 32 bits count. A CUDA graph bakes an int in.
+        rounding: "keep_floor" keeps int(U * (1 - ratio)) units, as MAE; "hide_ceil" hides ceil(U * ratio), as SimMIM.
         device: where the plan is made; that of sample_ids by default.
         impl: "auto", "ref", "cpu" (native, CPU tensors) or "cuda" (at most 8192 units).
     Returns:
-        MaskPlan. inverse gives each token its place in [kept ascending | hidden ascending] (the ids_restore of MAE): kept
-        tokens hold 0 .. K - 1, hidden ones K .. L - 1.
+        MaskPlan. inverse gives each token its place in [kept ascending | hidden ascending] (the ids_restore of MAE):
+        kept tokens hold 0 .. K - 1, hidden ones K .. L - 1.
     Raises:
-        UserError: a ratio outside [0, 1), no visible token, a unit that does not divide the grid, wrong sample_ids, epoch or seed.
+        UserError: a ratio outside [0, 1), no visible token, a unit that does not divide the grid, sample_ids, epoch or
+            seed of the wrong kind, an impl that cannot take the call.
     """
     rows, cols = _check_grid(grid, unit)
     keep_units = _count_kept(rows * cols // unit**2, ratio, rounding)
@@ -110,7 +111,13 @@ def _check_grid(grid: tuple[int, int], unit: int) -> tuple[int, int]:
         fail("mask_plan", "grid", tuple(grid), "two positive ints", "it holds the rows and columns of tokens")
     rows, cols = grid
     if unit < 1 or rows % unit or cols % unit:
-        fail("mask_plan", "unit", unit, f"a divisor of {rows} and {cols}", f"whole units must tile the grid of {rows} x {cols} tokens")
+        fail(
+            "mask_plan",
+            "unit",
+            unit,
+            f"a divisor of {rows} and {cols}",
+            f"whole units must tile the grid of {rows} x {cols} tokens",
+        )
     if rows * cols > 1 << 26:
         fail("mask_plan", "grid", f"{rows * cols} tokens", f"at most {1 << 26}", "a sample has 2**26 random words")
     return rows, cols
@@ -152,8 +159,9 @@ def _why_not(device: str, units: int, impl: str) -> str | None:
 # contract: one schema and one fake; integers have no gradient, so there is no autograd
 torch.library.define(
     "mimfast::mask_plan",
-    "(Tensor sample_ids, Tensor? epochs, int epoch, int rows, int cols, int unit, int keep_units, int seed, str impl)"
-    " -> (Tensor, Tensor, Tensor)",
+    # SymInt: under torch.compile a new epoch or seed is no reason to compile again
+    "(Tensor sample_ids, Tensor? epochs, SymInt epoch, int rows, int cols, int unit, int keep_units, SymInt seed,"
+    " str impl) -> (Tensor, Tensor, Tensor)",
 )
 
 

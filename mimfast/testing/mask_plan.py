@@ -17,8 +17,8 @@ class Case(NamedTuple):
         return f"{self.batch}x{self.grid[0]}x{self.grid[1]}-{self.ratio:g}-unit{self.unit}{rule}"
 
 
-# MAE at 224 px; SimMIM's 32 px units on 4 px tokens of 192 px; one token; nothing hidden; all but one hidden; odd sizes; more
-# than a warp's, a block's and the largest block's first chunk of units
+# MAE at 224 px; SimMIM's 32 px units on 4 px tokens of 192 px; one token; nothing hidden; all but one hidden; odd
+# sizes; more units than one warp takes; as many as the largest block takes; no sample
 CASES = [
     Case(5, (14, 14), 0.75),
     Case(3, (48, 48), 0.6, 8, "hide_ceil"),

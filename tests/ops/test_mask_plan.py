@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mimfast import philox
+from mimfast import _native, philox
 from mimfast._check import UserError
 from mimfast.ops._choice import why_not_on
 from mimfast.ops.mask_plan import ALL_BITS, IMPLS, mask_plan, mask_plan_ref, run_native
@@ -19,13 +19,12 @@ KERNELS = [impl for impl in IMPLS if impl != "ref"]
 
 def assert_same(found, wanted) -> None:
     for name, a, b in zip(wanted._fields, found, wanted):
-        assert a.dtype == b.dtype and torch.equal(a, b), f"{name} differs"
+        assert a.dtype == b.dtype, f"{name} has {a.dtype}, expected {b.dtype}"
+        assert torch.equal(a, b), f"{name} differs"
 
 
 def run_impl(impl: str, sample_ids: Tensor, epoch, rows, cols, unit, keep_units, seed, word_mask):
     """A native implementation below the front, which has no word_mask, into memory that holds garbage."""
-    from mimfast import _native
-
     epochs, epoch = (epoch, 0) if isinstance(epoch, Tensor) else (None, epoch)
     wanted = mask_plan_ref(sample_ids, 0, rows, cols, unit, keep_units, 0)
     plan = tuple(torch.full_like(t, True if t.dtype == torch.bool else -7) for t in wanted)
@@ -53,8 +52,8 @@ def test_equals_ref(case, impl, device):
 
 
 # rows, cols, unit, kept units: one warp, several warps, the largest block, each also with uneven ends
-SHAPES = [(14, 14, 1, 49), (14, 14, 2, 12), (15, 9, 3, 4), (1, 1, 1, 1), (7, 5, 1, 35), (16, 16, 1, 255), (257, 1, 1, 3),
-          (31, 33, 1, 300), (64, 64, 2, 1000), (45, 46, 1, 7), (64, 128, 1, 5000)]  # fmt: skip
+SHAPES = [(14, 14, 1, 49), (14, 14, 2, 12), (15, 9, 3, 4), (1, 1, 1, 1), (7, 5, 1, 35), (16, 16, 1, 255),
+          (257, 1, 1, 3), (31, 33, 1, 300), (64, 64, 2, 1000), (45, 46, 1, 7), (64, 128, 1, 5000)]  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", ["emulated", *KERNELS])
@@ -123,10 +122,11 @@ def test_a_sample_does_not_know_its_batch(impl):
     assert (mixed.keep == whole.keep).all(1).tolist() == (epochs == 2).tolist()
 
 
-@pytest.mark.parametrize("ratio, kept", [(0.75, 49), (0.0, 196), (0.6, 78), (0.9, 19), (0.994, 1)])
+@pytest.mark.parametrize(("ratio", "kept"), [(0.75, 49), (0.0, 196), (0.6, 78), (0.9, 19), (0.994, 1)])
 def test_exact_counts(ratio, kept):
     plan = mask_plan(3, (14, 14), ratio)
-    assert plan.keep.shape == (3, kept) and (~plan.hidden).sum(1).tolist() == [kept] * 3
+    assert plan.keep.shape == (3, kept)
+    assert (~plan.hidden).sum(1).tolist() == [kept] * 3
     assert plan.keep.diff().min() > 0 if kept > 1 else True
     up = mask_plan(3, (14, 14), ratio, rounding="hide_ceil")
     assert up.hidden.sum(1).tolist() == [int(np.ceil(196 * ratio))] * 3
@@ -164,11 +164,29 @@ def test_contract(impl, device):
 @pytest.mark.parametrize("impl", ["auto", "ref", *KERNELS])
 def test_compiles_without_a_graph_break(impl, device):
     skip_unless(impl, device)
+    torch._dynamo.reset()  # what it remembers of one impl counts against the next one's recompilations
     compiled = torch.compile(partial(mask_plan, impl=impl), backend="aot_eager", fullgraph=True)
     ids = torch.arange(6, device=device) * 2**40
     for kwargs in ({"seed": 3}, {"seed": 2**64 - 1, "epoch": 5}, {"epoch": ids}):
         found = compiled(6, (6, 8), 0.7, unit=2, sample_ids=ids, **kwargs)
         assert_same(found, mask_plan(6, (6, 8), 0.7, unit=2, sample_ids=ids, impl="ref", **kwargs))
+
+
+def test_a_new_epoch_does_not_compile_again(device):
+    torch._dynamo.reset()
+    frames = []
+
+    def count(graph, example_inputs):  # noqa: ARG001
+        frames.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(mask_plan, backend=count, fullgraph=True)
+    ids = torch.arange(3, device=device)
+    for epoch in range(20):
+        assert_same(
+            compiled(3, (6, 8), 0.7, sample_ids=ids, epoch=epoch), mask_plan(3, (6, 8), 0.7, epoch=epoch, device=device)
+        )
+    assert len(frames) <= 3, len(frames)  # 0, 1, any
 
 
 def test_other_strides_and_default_device(device):
@@ -202,15 +220,21 @@ def test_stream_and_graph_capture():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"ratio": 1.0}, r"mask_plan: ratio has 1.0, expected a number in \[0, 1\) because it is the share"),
         ({"ratio": -0.1}, r"mask_plan: ratio has -0.1, expected a number in \[0, 1\)"),
         ({"ratio": float("nan")}, r"mask_plan: ratio has nan, expected a number in \[0, 1\)"),
-        ({"ratio": 0.999}, r"ratio has 0.999, expected a smaller one because it leaves 0 of 24 mask units visible \(keep_floor\)"),
+        (
+            {"ratio": 0.999},
+            r"ratio has 0.999, expected a smaller one because it leaves 0 of 24 mask units visible \(keep_floor\)",
+        ),
         ({"ratio": 0.99, "rounding": "hide_ceil"}, r"leaves 0 of 24 mask units visible \(hide_ceil\)"),
         ({"rounding": "round"}, "rounding has 'round', expected 'keep_floor' or 'hide_ceil'"),
-        ({"unit": 4}, "unit has 4, expected a divisor of 4 and 6 because whole units must tile the grid of 4 x 6 tokens"),
+        (
+            {"unit": 4},
+            "unit has 4, expected a divisor of 4 and 6 because whole units must tile the grid of 4 x 6 tokens",
+        ),
         ({"unit": 0}, "unit has 0, expected a divisor"),
         ({"grid": (0, 6)}, r"grid has \(0, 6\), expected two positive ints"),
         ({"grid": (2**14, 2**13)}, "grid has 134217728 tokens, expected at most 67108864"),
@@ -218,8 +242,14 @@ def test_stream_and_graph_capture():
         ({"seed": 2**64}, "mask_plan: seed has 18446744073709551616"),
         ({"sample_ids": torch.arange(3)}, r"sample_ids has shape \(3,\), expected \(2\) because batch is 2"),
         ({"sample_ids": torch.zeros(2)}, "sample_ids has dtype float32, expected int64 because"),
-        ({"sample_ids": torch.arange(2), "device": "meta"}, "sample_ids has device cpu, expected meta because nothing is moved"),
-        ({"epoch": torch.arange(3)}, r"epoch has shape \(3,\), expected \(2\) because a tensor holds one epoch per sample"),
+        (
+            {"sample_ids": torch.arange(2), "device": "meta"},
+            "sample_ids has device cpu, expected meta because nothing is moved",
+        ),
+        (
+            {"epoch": torch.arange(3)},
+            r"epoch has shape \(3,\), expected \(2\) because a tensor holds one epoch per sample",
+        ),
         ({"epoch": torch.zeros(2)}, "epoch has dtype float32, expected int64"),
         ({"impl": "triton"}, "impl has 'triton', expected one of 'auto', 'cuda', 'cpu', 'ref'"),
         ({"impl": "cuda", "grid": (128, 65)}, "at most 8192 mask units and the grid has 8320"),
@@ -232,5 +262,7 @@ def test_says_what_is_wrong(change, message):
 
 def test_cases_reach_every_kernel():
     units = {case.grid[0] * case.grid[1] // case.unit**2 for case in CASES}
-    assert min(units) == 1 and any(256 < u <= 1024 for u in units) and max(units) == 8192
+    assert min(units) == 1
+    assert any(256 < u <= 1024 for u in units)
+    assert max(units) == 8192
     assert Case(0, (14, 14), 0.75) in CASES
