@@ -6,6 +6,7 @@ Each op is one file with the name of its function. The functions are bound here,
 
 from mimfast.ops.mask_plan import mask_plan
 from mimfast.ops.noop import noop
+from mimfast.ops.patch_gather import patch_gather
 from mimfast.ops.pixel_loss import pixel_loss
 
-__all__ = ["mask_plan", "noop", "pixel_loss"]
+__all__ = ["mask_plan", "noop", "patch_gather", "pixel_loss"]
