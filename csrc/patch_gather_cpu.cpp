@@ -63,83 +63,98 @@ inline Float16 narrow<Float16>(float x) {
   return {static_cast<uint16_t>((bits >> 16 & 0x8000u) | half)};
 }
 
-// one pixel into one value; for uint8 the reference's operations in its order, so that the bits agree
-template <typename In, typename Out>
-inline Out value_of(In x, float mean, float std) {
-  if constexpr (std::is_same<In, Out>::value) return x;
-  if constexpr (std::is_same<In, uint8_t>::value) return narrow<Out>((widen(x) / 255.0f - mean) / std);
-  return narrow<Out>(widen(x));
-}
+// What one thread works with: a row goes through `pixels`, in its final order but as the image has it, so that the
+// arithmetic runs over contiguous values whatever the strides are.
+template <typename In>
+struct Scratch {
+  std::vector<In> pixels;        // [D]
+  std::vector<float> mean, std;  // [D], by the channel of each value
 
-// SIDE and STEP are the patch and the distance of neighbours in x where known, 0 where not
-template <int SIDE, int STEP, typename In, typename Out>
-void line(const In* from, int64_t step, int32_t patch, float mean, float std, Out* to) {
-  const int64_t count = SIDE != 0 ? SIDE : patch, by = STEP != 0 ? STEP : step;
-  for (int64_t x = 0; x < count; ++x) to[x] = value_of<In, Out>(from[x * by], mean, std);
+  explicit Scratch(const PatchGather& call) {
+    const size_t area = static_cast<size_t>(call.patch) * call.patch;
+    pixels.resize(3 * area);
+    if (!std::is_same<In, uint8_t>::value) return;
+    for (size_t d = 0; d < 3 * area; ++d) {
+      mean.push_back(call.mean[call.channels_last ? d % 3 : d / area]);
+      std.push_back(call.std[call.channels_last ? d % 3 : d / area]);
+    }
+  }
+};
+
+template <typename In, typename Out>
+void convert(const Scratch<In>& scratch, Out* __restrict to) {
+  const In* __restrict from = scratch.pixels.data();
+  const size_t count = scratch.pixels.size();
+  if constexpr (std::is_same<In, uint8_t>::value) {
+    const float* __restrict mean = scratch.mean.data(), * __restrict std = scratch.std.data();
+    // the reference's operations in its order, so that the bits agree
+    for (size_t d = 0; d < count; ++d) to[d] = narrow<Out>((widen(from[d]) / 255.0f - mean[d]) / std[d]);
+  } else {
+    for (size_t d = 0; d < count; ++d) to[d] = narrow<Out>(widen(from[d]));
+  }
 }
 
 struct Strides {
   int64_t c, y, x;
 };
 
-template <int SIDE, int STEP, typename In, typename Out>
-void planar_row(const PatchGather& call, const In* corner, const Strides& stride, Out* to) {
-  const int32_t patch = SIDE != 0 ? SIDE : call.patch;
-  for (int c = 0; c < 3; ++c) {
-    const float mean = call.mean[c], std = call.std[c];
-    for (int32_t y = 0; y < patch; ++y, to += patch)
-      line<SIDE, STEP>(corner + c * stride.c + y * stride.y, stride.x, patch, mean, std, to);
+// the pixels of a patch in the order of its row; SIDE is the patch where it is known when this is compiled, else 0
+template <int SIDE, typename In>
+void collect(const PatchGather& call, const In* corner, const Strides& stride, In* to) {
+  const int64_t patch = SIDE != 0 ? SIDE : call.patch;
+  if (call.channels_last) {
+    for (int64_t y = 0; y < patch; ++y, to += 3 * patch) {
+      const In* line = corner + y * stride.y;
+      if (stride.x == 3 && stride.c == 1)
+        std::memcpy(to, line, static_cast<size_t>(3 * patch) * sizeof(In));
+      else
+        for (int64_t x = 0; x < patch; ++x)
+          for (int64_t c = 0; c < 3; ++c) to[3 * x + c] = line[x * stride.x + c * stride.c];
+    }
+    return;
+  }
+  for (int64_t c = 0; c < 3; ++c) {
+    for (int64_t y = 0; y < patch; ++y, to += patch) {
+      const In* line = corner + c * stride.c + y * stride.y;
+      if (stride.x == 1)
+        std::memcpy(to, line, static_cast<size_t>(patch) * sizeof(In));
+      else
+        for (int64_t x = 0; x < patch; ++x) to[x] = line[x * stride.x];
+    }
   }
 }
 
-// each line of the patch is converted by channel, where it is vector code, then interleaved
-template <int SIDE, int STEP, typename In, typename Out>
-void interleaved_row(const PatchGather& call, const In* corner, const Strides& stride, Out* lines, Out* to) {
-  const int32_t patch = SIDE != 0 ? SIDE : call.patch;
-  for (int32_t y = 0; y < patch; ++y, to += 3 * patch) {
-    for (int c = 0; c < 3; ++c)
-      line<SIDE, STEP>(corner + c * stride.c + y * stride.y, stride.x, patch, call.mean[c], call.std[c],
-                       lines + c * patch);
-    for (int32_t x = 0; x < patch; ++x)
-      for (int c = 0; c < 3; ++c) to[3 * x + c] = lines[c * patch + x];
-  }
-}
-
-template <int SIDE, int STEP, typename In, typename Out>
-void row(const PatchGather& call, const In* corner, const Strides& stride, Out* lines, Out* to) {
-  if (call.channels_last)
-    interleaved_row<SIDE, STEP>(call, corner, stride, lines, to);
-  else
-    planar_row<SIDE, STEP>(call, corner, stride, to);
+template <typename In, typename Out>
+void write_row(const PatchGather& call, const In* corner, const Strides& stride, Scratch<In>& scratch, Out* to) {
+  In* pixels = scratch.pixels.data();
+  if constexpr (std::is_same<In, Out>::value) pixels = to;
+  call.patch == 16 ? collect<16>(call, corner, stride, pixels) : collect<0>(call, corner, stride, pixels);
+  if constexpr (!std::is_same<In, Out>::value) convert(scratch, to);
 }
 
 // the rows [first, last) of image b, or of none when b is outside the batch
 template <typename In, typename Out>
-void image_rows(const PatchGather& call, int64_t b, int64_t first, int64_t last, Out* lines) {
+void image_rows(const PatchGather& call, int64_t b, int64_t first, int64_t last, Scratch<In>& scratch) {
   const int64_t tokens = int64_t{call.grid_rows} * call.grid_cols, patch = call.patch, width = 3 * patch * patch;
   Out* to = static_cast<Out*>(call.out) + first * width;
   const bool known = b >= 0 && b < call.batch, flipped = known && call.flip != nullptr && call.flip[b];
   const Strides stride{call.stride[1], call.stride[2], flipped ? -call.stride[3] : call.stride[3]};
-  const bool square16 = patch == 16, dense = stride.x == 1;
   for (int64_t r = first; r < last; ++r, to += width) {
     const int64_t token = call.keep != nullptr ? call.keep[r] : r % tokens;
     if (!known || token < 0 || token >= tokens) {
       std::memset(static_cast<void*>(to), 0, static_cast<size_t>(width) * sizeof(Out));
       continue;
     }
-    const int64_t left = token % call.grid_cols * patch;
-    const int64_t x = flipped ? call.grid_cols * patch - 1 - left : left, y = token / call.grid_cols * patch;
+    const int64_t left = token % call.grid_cols * patch, y = token / call.grid_cols * patch;
+    const int64_t x = flipped ? call.grid_cols * patch - 1 - left : left;
     const In* corner = static_cast<const In*>(call.img) + b * call.stride[0] + y * stride.y + x * call.stride[3];
-    if (square16)
-      dense ? row<16, 1>(call, corner, stride, lines, to) : row<16, 0>(call, corner, stride, lines, to);
-    else
-      dense ? row<0, 1>(call, corner, stride, lines, to) : row<0, 0>(call, corner, stride, lines, to);
+    write_row(call, corner, stride, scratch, to);
   }
 }
 
 template <typename In, typename Out>
 void rows_of(const PatchGather& call, int64_t begin, int64_t end) {
-  std::vector<Out> lines(3 * static_cast<size_t>(call.patch));
+  Scratch<In> scratch(call);
   const int64_t each = call.cu_seqlens == nullptr ? call.rows / call.batch : 0;
   for (int64_t r = begin; r < end;) {
     int64_t b, next;
@@ -152,7 +167,7 @@ void rows_of(const PatchGather& call, int64_t begin, int64_t end) {
       next = b < call.batch ? bounds[b + 1] : end;
     }
     next = std::min(std::max(next, r + 1), end);  // bounds that do not ascend still come to an end
-    image_rows<In, Out>(call, b, r, next, lines.data());
+    image_rows<In, Out>(call, b, r, next, scratch);
     r = next;
   }
 }
