@@ -1,7 +1,7 @@
 """The kept patches of images as rows of the patch embedding's matrix product, normalised on the way.
 
-Work: a program takes ROWS rows times BLOCK of their D values, about TILE values in all. It reads the rows' indices, then
-the pixels of those patches alone, applies one multiply-add per value and writes them in the order of the row.
+Work: a program takes ROWS rows times BLOCK of their D values, TILE values in all. It reads the rows' indices, then the
+pixels of those patches alone, applies one multiply-add per value and writes them in the order of the row.
 Bytes, D = 768, uint8 images, bf16 rows: 8 + 768 read and 1536 written per kept patch; nothing per hidden one.
 fp32: scale and shift. x * scale + shift differs from (x / 255 - mean) / std by at most about 4 units in the last place
 of the largest |x * scale|, far below a bf16 row's rounding.
@@ -33,7 +33,8 @@ def patch_gather_kernel(
     SCALED: tl.constexpr,  # uint8 images
     ALL: tl.constexpr, FLIP: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # rows and patches are counted in 32 bits, because they are divided; offsets in memory have 64
+    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside_R = row_R < rows
     if PACKED:
         low_R = tl.zeros([ROWS], tl.int32)
@@ -44,21 +45,25 @@ def patch_gather_kernel(
             right_R = bound_R <= row_R
             low_R = tl.where(open_R & right_R, middle_R + 1, low_R)
             high_R = tl.where(open_R & (bound_R > row_R), middle_R, high_R)
-        b_R = low_R.to(tl.int64) - 1
+        b_R = low_R - 1
     else:
         b_R = row_R // K
     if ALL:
         l_R = row_R % K
+        fits_R = inside_R
     else:
-        l_R = tl.load(keep_ptr + row_R, mask=inside_R, other=-1)
-    fits_R = inside_R & (l_R >= 0) & (l_R < L) & (b_R >= 0) & (b_R < B)
+        index_R = tl.load(keep_ptr + row_R, mask=inside_R, other=-1)
+        fits_R = inside_R & (index_R >= 0) & (index_R < L)
+        l_R = index_R.to(tl.int32)
+    fits_R = fits_R & (b_R >= 0) & (b_R < B)
 
     left_R, step_R = (l_R % grid_w) * PATCH, img_w
     if FLIP:
         flip_R = tl.load(flip_ptr + b_R, mask=fits_R, other=0) != 0
         left_R = tl.where(flip_R, grid_w * PATCH - 1 - left_R, left_R)
         step_R = tl.where(flip_R, -1, 1).to(tl.int64) * img_w
-    corner_R = b_R * img_b + (l_R // grid_w) * PATCH * img_h + left_R * img_w
+    top_R = (l_R // grid_w) * PATCH
+    corner_R = b_R.to(tl.int64) * img_b + top_R.to(tl.int64) * img_h + left_R.to(tl.int64) * img_w
 
     d_D = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     full_D = d_D < D
@@ -77,7 +82,7 @@ def patch_gather_kernel(
         scale_D = tl.where(c_D == 0, scale_0, tl.where(c_D == 1, scale_1, scale_2))
         shift_D = tl.where(c_D == 0, shift_0, tl.where(c_D == 1, shift_1, shift_2))
         value = tl.where(fits_R[:, None], value * scale_D[None, :] + shift_D[None, :], 0.0)
-    to_RD = row_R[:, None] * D + d_D[None, :]
+    to_RD = row_R.to(tl.int64)[:, None] * D + d_D[None, :]
     tl.store(out_ptr + to_RD, value.to(out_ptr.dtype.element_ty), mask=inside_R[:, None] & full_D[None, :])
 
 

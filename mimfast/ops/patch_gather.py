@@ -1,6 +1,6 @@
 """The visible patches of an image batch as rows of the patch embedding's matrix product: normalise, gather, flatten.
 
-row k of image b = the 3 p p values of patch keep[b, k], uint8 x as (x / 255 - mean_c) / std_c; a hidden pixel is not read.
+row k of image b = 3 p p values of patch keep[b, k], uint8 x as (x / 255 - mean_c) / std_c. Hidden pixels are not read.
 MAE, arXiv:2111.06377, section 3, whose code embeds every patch and gathers afterwards; a strided convolution with
 kernel = stride = p is this operand times weight.flatten(1), in "cpq" order.
 B batch, C = 3 channels, H W pixels, L patches in row-major order, K kept patches per image, p q rows and columns of a
@@ -21,12 +21,14 @@ from mimfast.ops._choice import Impl, resolve, why_not_on
 IMPLS = ("triton", "cpu", "ref")
 ORDERS = ("cpq", "pqc")
 Order = Literal["cpq", "pqc"]
+MAX_ROWS_TRITON = 2**31 - 2**10  # its last program may start a few rows before the end and count beyond it
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def patch_gather_ref(
     img: Tensor, keep: Tensor | None = None, *, patch: int, mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD,
-    order: Order = "cpq", flip: Tensor | None = None, cu_seqlens: Tensor | None = None, dtype: torch.dtype | None = None,
+    order: Order = "cpq", flip: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     B, L, cols = img.shape[0], (img.shape[2] // patch) * (img.shape[3] // patch), img.shape[3] // patch
     dtype = _result_dtype(img, dtype)
@@ -49,8 +51,8 @@ def patch_gather_ref(
 
 def patch_gather(
     img: Tensor, keep: Tensor | None = None, *, patch: int, mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD,
-    order: Order = "cpq", flip: Tensor | None = None, cu_seqlens: Tensor | None = None, dtype: torch.dtype | None = None,
-    checked: bool = False, impl: Impl = "auto",
+    order: Order = "cpq", flip: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype | None = None, checked: bool = False, impl: Impl = "auto",
 ) -> Tensor:  # fmt: skip
     """Cut the kept patches out of the images and lay them out as rows. No gradient for `img`, except with impl="ref".
 
@@ -78,7 +80,7 @@ def patch_gather(
     if checked and keep is not None:
         _check_indices(img, keep, patch, cu_seqlens)
     dtype = _result_dtype(img, dtype)
-    chosen = resolve("patch_gather", impl, IMPLS, partial(_why_not, img, dtype))
+    chosen = resolve("patch_gather", impl, IMPLS, partial(_why_not, img, keep, patch, dtype))
     if chosen == "ref":
         return patch_gather_ref(
             img, keep, patch=patch, mean=mean, std=std, order=order, flip=flip, cu_seqlens=cu_seqlens, dtype=dtype
@@ -157,11 +159,14 @@ def _check_indices(img: Tensor, keep: Tensor, patch: int, cu_seqlens: Tensor | N
         fail(op, "keep", found, "distinct indices", "a patch is shown once")
 
 
-def _why_not(img: Tensor, dtype: torch.dtype, impl: str) -> str | None:
+def _why_not(img: Tensor, keep: Tensor | None, patch: int, dtype: torch.dtype, impl: str) -> str | None:
     if torch.float64 in (img.dtype, dtype):
         return "it computes in float32 and was asked for float64"
     if img.requires_grad and torch.is_grad_enabled():
         return "it has no gradient for img; detach the image, or use 'ref' where the gradient is needed"
+    rows = img.shape[0] * (img.shape[2] // patch) * (img.shape[3] // patch) if keep is None else keep.numel()
+    if impl == "triton" and rows >= MAX_ROWS_TRITON:
+        return f"the kernel counts rows in 32 bits and was given {rows}"
     return why_not_on(impl, img.device.type)
 
 
