@@ -4,8 +4,11 @@ Each op is one file with the name of its function. The functions are bound here,
 `mimfast.ops.<op>` would otherwise leave the *module* under the name of the function.
 """
 
+from mimfast.ops.mask_blockwise import mask_blockwise
+from mimfast.ops.mask_guided import mask_guided
+from mimfast.ops.mask_pack import mask_pack
 from mimfast.ops.mask_plan import mask_plan
 from mimfast.ops.noop import noop
 from mimfast.ops.pixel_loss import pixel_loss
 
-__all__ = ["mask_plan", "noop", "pixel_loss"]
+__all__ = ["mask_blockwise", "mask_guided", "mask_pack", "mask_plan", "noop", "pixel_loss"]
