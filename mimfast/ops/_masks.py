@@ -120,7 +120,13 @@ def check_grid(op: str, grid: tuple[int, int], unit: int = 1) -> tuple[int, int]
         fail(op, "grid", tuple(grid), "two positive ints", "it holds the rows and columns of tokens")
     rows, cols = grid
     if unit < 1 or rows % unit or cols % unit:
-        fail(op, "unit", unit, f"a divisor of {rows} and {cols}", f"whole units must tile the grid of {rows} x {cols} tokens")
+        fail(
+            op,
+            "unit",
+            unit,
+            f"a divisor of {rows} and {cols}",
+            f"whole units must tile the grid of {rows} x {cols} tokens",
+        )
     if rows * cols > MAX_TOKENS:
         fail(op, "grid", f"{rows * cols} tokens", f"at most {MAX_TOKENS}", "a sample has 2**26 random words")
     return rows, cols
@@ -163,7 +169,9 @@ def counts_of(
     return Counts(0, _on_device(tuple(bounds), device), bounds[-1])
 
 
-@lru_cache(maxsize=64)  # the copy to the device is not allowed inside a CUDA-graph capture; after a first call it is here
+@lru_cache(
+    maxsize=64
+)  # the copy to the device is not allowed inside a CUDA-graph capture; after a first call it is here
 def _on_device(bounds: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(bounds, dtype=torch.int32, device=device)
 
@@ -181,7 +189,9 @@ def check_tube(op: str, frames: int, length: tuple[int, int] | None) -> None:
         fail(op, "tube", tuple(length), wanted, f"a tube covers some of the {frames} slices")
 
 
-def check_samples(op: str, batch: int, sample_ids: Tensor, epoch: int | Tensor, device: torch.device | str | None) -> None:
+def check_samples(
+    op: str, batch: int, sample_ids: Tensor, epoch: int | Tensor, device: torch.device | str | None
+) -> None:
     check_shape(op, "sample_ids", sample_ids, (batch,), f"batch is {batch}")
     check_dtype(op, "sample_ids", sample_ids, (torch.int64,), "all 64 bits of an id enter the counter")
     if device is not None and torch.empty(0, device=device).device != sample_ids.device:

@@ -146,7 +146,18 @@ def mask_blockwise(
     epochs, epoch_or_0 = _masks.split_epoch(epoch)
     log_low, log_high = (round(math.log2(bound) * (1 << 24)) for bound in aspect)
     hidden_BS = torch.ops.mimfast.mask_blockwise(
-        sample_ids, epochs, epoch_or_0, rows, cols, count, min_block, log_low, log_high, exact, _masks.signed(seed), chosen
+        sample_ids,
+        epochs,
+        epoch_or_0,
+        rows,
+        cols,
+        count,
+        min_block,
+        log_low,
+        log_high,
+        exact,
+        _masks.signed(seed),
+        chosen,
     )
     hidden_BL = hidden_BS if frames == 1 else tube_hidden(hidden_BS, frames, tube, sample_ids, seed, epoch)
     slices = (frames, frames) if tube is None else tube
@@ -162,7 +173,9 @@ def _check_sizes(
     if cells > MAX_CELLS:
         fail(op, "grid", f"{cells} tokens", f"at most {MAX_CELLS}", "areas are held in 28 bits")
     if not 1 <= count < cells:
-        fail(op, "count", count, f"1 to {cells - 1}", f"the grid has {cells} tokens and the encoder needs a visible one")
+        fail(
+            op, "count", count, f"1 to {cells - 1}", f"the grid has {cells} tokens and the encoder needs a visible one"
+        )
     if not 1 <= min_block <= count:
         because = f"blocks smaller than count = {count} are what a mask is built from"
         fail(op, "min_block", min_block, f"1 to {count}", because)
@@ -174,7 +187,9 @@ def _check_sizes(
 def _why_not(device: str, rows: int, cols: int, impl: str) -> str | None:
     size = rows * -(-cols // 32)
     if impl == "cuda" and size > MAX_WORDS_CUDA:
-        return f"the CUDA kernel takes maps of at most {MAX_WORDS_CUDA} words of 32 columns and {rows} x {cols} has {size}"
+        return (
+            f"the CUDA kernel takes maps of at most {MAX_WORDS_CUDA} words of 32 columns and {rows} x {cols} has {size}"
+        )
     return why_not_on(impl, device)
 
 

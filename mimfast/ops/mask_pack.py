@@ -29,7 +29,12 @@ def mask_pack_ref(hidden_BL: Tensor, visible: int | None, most_hidden: int) -> M
 
 
 def mask_pack(
-    hidden: Tensor, visible: int | None = None, *, most_hidden: int | None = None, checked: bool = False, impl: Impl = "auto"
+    hidden: Tensor,
+    visible: int | None = None,
+    *,
+    most_hidden: int | None = None,
+    checked: bool = False,
+    impl: Impl = "auto",
 ) -> MaskPlan:
     """Turn a map of hidden tokens into index lists.
 

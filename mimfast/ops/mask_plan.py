@@ -89,7 +89,9 @@ def mask_plan(
     if chosen == "ref":
         return mask_plan_ref(sample_ids, epoch, rows, cols, unit, counts, seed)
     epochs, epoch = _masks.split_epoch(epoch)
-    lists = torch.ops.mimfast.mask_plan(sample_ids, epochs, epoch, rows, cols, unit, *counts, _masks.signed(seed), chosen)
+    lists = torch.ops.mimfast.mask_plan(
+        sample_ids, epochs, epoch, rows, cols, unit, *counts, _masks.signed(seed), chosen
+    )
     return MaskPlan(*lists, counts.cu_seqlens)
 
 

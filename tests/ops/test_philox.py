@@ -85,7 +85,11 @@ def test_uniform_is_exact_open_and_flat():
 
 def test_streams_epochs_and_seeds_differ():
     base = philox.words(1, 1, 0, np.arange(8), 8)
-    for other in (philox.words(2, 1, 0, np.arange(8), 8), philox.words(1, 2, 0, np.arange(8), 8), philox.words(1, 1, 1, np.arange(8), 8)):
+    for other in (
+        philox.words(2, 1, 0, np.arange(8), 8),
+        philox.words(1, 2, 0, np.arange(8), 8),
+        philox.words(1, 1, 1, np.arange(8), 8),
+    ):
         assert not (base == other).any()
 
 
