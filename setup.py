@@ -22,7 +22,9 @@ NOTE = "_core.txt"  # why there is no core; read by mimfast/_native.py
 HOW = "install g++ 9 or newer and reinstall with MIMFAST_NATIVE=1"
 OFF = "it was switched off by MIMFAST_NATIVE=0 at install; reinstall with MIMFAST_NATIVE=1"
 if NATIVE not in ("", "0", "1", "cuda"):
-    raise SystemExit(f"mimfast: MIMFAST_NATIVE has {NATIVE!r}, expected 0, 1, cuda or nothing because setup.py knows these four")
+    raise SystemExit(
+        f"mimfast: MIMFAST_NATIVE has {NATIVE!r}, expected 0, 1, cuda or nothing because setup.py knows these four"
+    )
 
 
 class CMakeBuild(build_ext):
@@ -43,7 +45,7 @@ class CMakeBuild(build_ext):
         print(f"mimfast: installing without the native core, in pure Python: {problem}", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
-        """Editable installs and `build_ext --inplace`: what was built, or the note, replaces what stood in the source tree."""
+        """For an editable install or `build_ext --inplace`: what was built, or the note, replaces what stood there."""
         built, source = Path(self.build_lib) / "mimfast", ROOT / "mimfast"
         (source / Path(self.get_ext_filename("mimfast._core")).name).unlink(missing_ok=True)
         (source / NOTE).unlink(missing_ok=True)
@@ -77,10 +79,12 @@ def _why(log: str) -> str:
     own = [line.split("mimfast: ", 1)[1] for line in log.splitlines() if line.strip().startswith("mimfast: ")]
     if own:
         return own[-1].strip()
-    if "CMAKE_CXX_COMPILER" in log or "CXX compiler" in log and "not able to compile" in log:
+    if "CMAKE_CXX_COMPILER" in log or ("CXX compiler" in log and "not able to compile" in log):
         return f"no working C++ compiler was found at install; {HOW}"
     if "Python" in log and "Development" in log:
-        return "the headers of Python were not found at install; install python3-dev and reinstall with MIMFAST_NATIVE=1"
+        return (
+            "the headers of Python were not found at install; install python3-dev and reinstall with MIMFAST_NATIVE=1"
+        )
     return "the C++ build failed at install; see its log with `pip install -v` and MIMFAST_NATIVE=1"
 
 

@@ -2,11 +2,11 @@
 
     python bench/aot_triton.py [OP ...] [--update]
 
-Each kernels/<op>.py names in `AOT` what to compile: name -> (kernel, argument types, constants, warps); a type ending in
-`:16` promises a multiple of 16, and pointers always do. Register spills must be 0. Registers and shared memory may not
-exceed bench/aot_triton.json, which `--update` rewrites for the installed version of Triton (registers rounded up to 8, as
-the hardware hands them out); a version not in it is held against the largest of the others plus 8 registers. Exit code 1
-when anything is over its budget or has none.
+Each kernels/<op>.py names in `AOT` what to compile: name -> (kernel, argument types, constants, warps); a type ending
+in `:16` promises a multiple of 16, and pointers always do. Register spills must be 0. Registers and shared memory may
+not exceed bench/aot_triton.json, which `--update` rewrites for the installed version of Triton (registers rounded up to
+8, as the hardware hands them out); a version not in it is held against the largest of the others plus 8 registers.
+Exit code 1 when anything is over its budget or has none.
 """
 
 import argparse

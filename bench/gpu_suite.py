@@ -1,4 +1,4 @@
-"""The stages of bench/gpu_suite.sh. Imports no torch itself, so that a stage that breaks the GPU cannot take it along."""
+"""The stages of bench/gpu_suite.sh. Imports no torch itself, so that a stage that breaks the GPU does not break it."""
 
 import argparse
 import json
@@ -90,11 +90,12 @@ def _tests(name: str, paths: list[str], limit_s: int) -> Stage:
 
 def run(stage: Stage, deadline: float, log: Any) -> dict[str, Any]:
     """Run one stage and all its children under a limit; never raises for what the stage does."""
-    limit = min(stage.limit_s, deadline - time.monotonic())
+    left = deadline - time.monotonic()
+    limit = min(stage.limit_s, left)
     log.write(f"\n===== {stage.name}: {' '.join(stage.command)}\n")
     log.flush()
     result: dict[str, Any] = {"stage": stage.name, "command": stage.command, "seconds": 0.0}
-    if limit < 5:
+    if left < 5:
         return result | {"outcome": "failed", "why": f"no time left of {TOTAL_S} s"}
     if stage.report:
         stage.report.unlink(missing_ok=True)

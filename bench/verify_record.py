@@ -2,9 +2,9 @@
 
     python bench/verify_record.py bench/results/gpu-....json [--write]
 
-An op x implementation is entered when the record was made on a GPU (no dry run), no test of its file failed, at least one
-test that names the implementation passed, its benchmark stayed in tolerance, and its sources are those of this tree.
-Prints every decision with its reason; exit code 1 when nothing could be entered.
+An op x implementation is entered when the record was made on a GPU (no dry run), no test of its file failed, at least
+one test that names the implementation passed, its benchmark stayed in tolerance, and its sources are those of this
+tree. Prints every decision with its reason; exit code 1 when nothing could be entered.
 """
 
 import argparse

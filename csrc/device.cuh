@@ -1,5 +1,5 @@
-// What the kernels share: warp and block sums and ranks, and the checked launch. Compiled by nvcc, or by g++ through emulate.h.
-// Every function here is called by all threads of the block.
+// What the kernels share: warp and block sums and ranks, and the checked launch. Compiled by nvcc, or by g++ through
+// emulate.h. Every function here is called by all threads of the block.
 #pragma once
 
 #ifdef __CUDACC__
@@ -54,7 +54,8 @@ __device__ __forceinline__ Rank block_rank(bool flag, int* scratch) {
 
 // starts `kernel` on `blocks` x `threads` and raises std::runtime_error with a sentence when the launch is refused
 template <typename... Params>
-void launch(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, CUstream_st* stream, Params... params) {
+void launch(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, CUstream_st* stream,
+            Params... params) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX)
     throw std::runtime_error(std::string(op) + ": grid has " + std::to_string(blocks) +

@@ -1,9 +1,10 @@
-// The part of CUDA that csrc/*.cu uses, for an ordinary C++ compiler: the tests run every kernel on a machine without a GPU.
+// The part of CUDA that csrc/*.cu uses, for an ordinary C++ compiler: the tests run every kernel without a GPU.
 //
-// Blocks run one after the other. The threads of a block are cooperative fibers (ucontext), resumed in alternating order, so
-// that a value read without the barrier it needs comes out wrong here too. __shared__ is static storage; it keeps what the
-// block before left there. A warp operation is a barrier of its 32 lanes. A block that can no longer move raises an error
-// instead of hanging. Not emulated: time, memory ordering, partial warp masks, block sizes that are not a multiple of 32.
+// Blocks run one after the other. The threads of a block are cooperative fibers (ucontext), resumed in alternating
+// order, so that a value read without the barrier it needs comes out wrong here too. __shared__ is static storage; it
+// keeps what the block before left there. A warp operation is a barrier of its 32 lanes. A block that can no longer
+// move raises an error instead of hanging. Not emulated: time, memory ordering, partial warp masks, block sizes that
+// are not a multiple of 32.
 #pragma once
 
 #include <ucontext.h>
@@ -36,8 +37,8 @@ namespace mimfast::emulate {
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 64 * 1024;
 
-// `data` and `count` are double buffers indexed by the parity of `generation`: whoever is still reading the last round's
-// values cannot be overtaken by more than one round, so one barrier per operation is enough.
+// `data` and `count` are double buffers indexed by the parity of `generation`: whoever is still reading the last
+// round's values cannot be overtaken by more than one round, so one barrier per operation is enough.
 struct Barrier {
   int arrived = 0;
   uint64_t generation = 0;
@@ -133,8 +134,8 @@ inline void run_block(Machine& m, int threads) {
       if (m.error) std::rethrow_exception(std::exchange(m.error, nullptr));
     }
     if (!moved)
-      throw std::runtime_error("emulate: block " + std::to_string(blockIdx.x) + " cannot go on: " + std::to_string(m.alive) +
-                               " threads wait at barriers that the others do not reach");
+      throw std::runtime_error("emulate: block " + std::to_string(blockIdx.x) + " cannot go on: " +
+                               std::to_string(m.alive) + " threads wait at barriers that the others do not reach");
   }
 }
 

@@ -8,7 +8,7 @@ constexpr int kThreads = 256;
 constexpr int kPerThread = 4;
 
 // One thread copies four floats, a block apart so that every load and store of a warp is one 128-byte line.
-// registers 24, shared memory 0; floor = 8 n bytes / HBM bandwidth
+// registers 16, shared memory 0; floor = 8 n bytes / HBM bandwidth
 __global__ void __launch_bounds__(kThreads) noop_kernel(const float* x, float* y, int64_t n) {
   const int64_t first = int64_t{blockIdx.x} * kThreads * kPerThread + threadIdx.x;
   for (int item = 0; item < kPerThread; ++item) {

@@ -3,7 +3,8 @@
 Work: one program takes ROWS patches (rows of `pred`; one from 14 x 14 pixels up). For a hidden patch it reads the D
 predictions and the D pixels once, takes mean and variance in two passes over registers, and writes one loss and D
 gradients; for a visible one it reads a flag and writes a zero loss and D zeros.
-Bytes, D = 768, bf16 predictions, uint8 images: per hidden patch 1536 + 768 read, 1536 written; per visible patch 1536 written.
+Bytes, D = 768, bf16 predictions, uint8 images: 1536 + 768 read and 1536 written per hidden patch, 1536 written per
+visible one.
 Backward: the gradient was stored for an upstream gradient of 1. When it is 1 the second launch only reads that scalar;
 otherwise it computes the gradient anew from the same bytes, so that it is rounded once and fp16 does not underflow at
 1 / (count * D).
@@ -65,9 +66,10 @@ def pixel_loss_kernel(
     shift_D = tl.where(c_D == 0, shift_0, tl.where(c_D == 1, shift_1, shift_2))
     target = target * scale_D[None, :] + shift_D[None, :]
     if NORM:
-        mean_R = tl.sum(tl.where(full_D[None, :], target, 0.0), axis=1) / D
+        # correctly rounded divisions, one per row: a constant patch then has a variance of exactly 0
+        mean_R = tl.div_rn(tl.sum(tl.where(full_D[None, :], target, 0.0), axis=1), D * 1.0)
         target = target - mean_R[:, None]
-        var_R = tl.sum(tl.where(full_D[None, :], target * target, 0.0), axis=1) / (D - 1)
+        var_R = tl.div_rn(tl.sum(tl.where(full_D[None, :], target * target, 0.0), axis=1), D - 1.0)
         target = target * tl.div_rn(1.0, tl.sqrt_rn(var_R + eps))[:, None]
 
     from_RD = (b_R * pred_b + l_R * pred_l)[:, None] + d_D.to(tl.int64)[None, :] * pred_d
@@ -95,7 +97,7 @@ def pixel_loss_fwd(
     pred: Tensor, img: Tensor, hidden: Tensor, patch: int, norm: bool, kind: str,
     mean: list[float], std: list[float], eps: float, beta: float, grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the loss, the gradient of pred for an upstream gradient of 1 (empty unless `grad`), the count of hidden."""
+    """Return the loss, the gradient of pred for an upstream gradient of 1 (empty unless `grad`), the hidden count."""
     count = hidden.sum()
     loss_R = torch.empty(hidden.numel(), dtype=torch.float32, device=pred.device)
     d_pred = torch.empty(pred.shape if grad else (0,), dtype=pred.dtype, device=pred.device)

@@ -28,5 +28,5 @@ def normalize(
 
 
 def per_channel(values: Triple, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Three numbers as a (3, 1, 1) tensor, filled on the device: a copy from the host would break CUDA-graph capture."""
+    """Three numbers as a (3, 1, 1) tensor, filled on the device: a copy from the host breaks CUDA-graph capture."""
     return torch.stack([torch.full((1, 1), v, device=device, dtype=dtype) for v in values])

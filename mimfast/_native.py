@@ -1,6 +1,7 @@
-"""Finds the compiled core, mimfast._core, once, and says in a sentence why it or its CUDA half is missing. Imports no torch.
+"""Finds the compiled core, mimfast._core, once, and says in a sentence why it or its CUDA half is missing.
 
-The core is built by CMakeLists.txt from csrc/. When setup.py could not build it, it left the reason in mimfast/_core.txt.
+CMakeLists.txt builds the core from csrc/. When setup.py could not build it, it left the reason in mimfast/_core.txt.
+Imports no torch.
 """
 
 from functools import cache
@@ -42,7 +43,7 @@ def has_cuda() -> bool:
 
 
 def why_no_cuda() -> str | None:
-    """Why no CUDA kernels are compiled in and how to get them, as a sentence without its full stop; None when they are."""
+    """Why no CUDA kernels are compiled in and how to get them, a sentence without its full stop; None when they are."""
     module = core()
     if module is None:
         return why_missing()
@@ -50,6 +51,6 @@ def why_no_cuda() -> str | None:
 
 
 def source_hash(op: str) -> str | None:
-    """sha256 over the csrc files the CUDA kernel of `op` was compiled from (see csrc/README.md); None without a core or such an op."""
+    """sha256 over the csrc files the CUDA kernel of `op` is made of (csrc/README.md); None without core or op."""
     module = core()
     return module.source_hash(op) if module is not None else None

@@ -322,7 +322,7 @@ def _check_counts(op: str, hidden: Tensor, ragged: bool, visible: int | None) ->
 
 def _check_indices(op: str, keep: Tensor, tokens: int) -> None:
     for b, row in enumerate(keep.tolist()):
-        bad = next((l for l in row if not 0 <= i < tokens), None)
+        bad = next((i for i in row if not 0 <= i < tokens), None)
         if bad is not None:
             fail(op, "keep", f"index {bad} in row {b}", f"0 to {tokens - 1}", f"the grid has {tokens} tokens")
         if len(set(row)) != len(row):

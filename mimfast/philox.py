@@ -1,15 +1,15 @@
 """Philox4x32-10, the counter-based generator behind every random decision of the package.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3 (constants and rounds).
-A word depends on nothing but (seed, stream, epoch, sample id, position), so the same image gets the same mask and crop on every
-device, for every batch size, worker count and number of GPUs. csrc/philox.h holds the same addressing for C++ and CUDA:
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3. A word depends
+on nothing but (seed, stream, epoch, sample id, position): the same image gets the same mask and crop on every device,
+for every batch size, worker count and number of GPUs. csrc/philox.h holds the same addressing for C++ and CUDA:
 
     key     = (seed low 32 bits, seed high 32 bits)
     counter = (stream << 24 | block, epoch low 32 bits, sample id low 32 bits, sample id high 32 bits)
     word w of a stream lives in block w >> 2, lane w & 3
 
-B samples, N words of one sample, G = ceil(N / 4) blocks. Arithmetic is in int64 and never overflows: products are taken in
-two halves of 16 bits, so that traced, compiled and interpreted code agree to the last bit.
+B samples, N words of one sample, G = ceil(N / 4) blocks. Arithmetic is in int64 and never overflows: products are taken
+in two halves of 16 bits, so that traced, compiled and interpreted code agree to the last bit.
 """
 
 from __future__ import annotations
@@ -110,5 +110,5 @@ def words(seed: int, stream: int, epoch: int | Array, sample_ids: Array, count: 
 def uniform(seed: int, stream: int, epoch: int | Array, sample_ids: Array, count: int) -> Array:
     """The same as `words`, as float64 in (0, 1): (word + 0.5) / 2^32, exact in float64."""
     word_BN: Any = words(seed, stream, epoch, sample_ids, count)
-    exact_BN = word_BN.astype(np.float64) if isinstance(word_BN, np.ndarray) else word_BN.double()
+    exact_BN: Any = word_BN.astype(np.float64) if isinstance(word_BN, np.ndarray) else word_BN.double()
     return (exact_BN + 0.5) * 2.0**-32

@@ -81,6 +81,8 @@ class Data:
     """Aspect ratio of the random crop, narrowest and widest."""
     flip: bool = True
     """Mirror half of the crops."""
+    recolour: float = 0.0
+    """Strength of random colour changes, 0 to 1, for sets of few images; 0: none."""
     workers: int | None = None
     """Loader threads; none: by the hardware; 0: load between the steps. The batches are the same for any number."""
 
@@ -184,7 +186,7 @@ def mae_photos() -> Recipe:
     return Recipe(
         model=Model("mae", "vit", 64, 8, 128, 4, 4, decoder_dim=96, decoder_depth=2, decoder_heads=4),
         target=Target(norm=False),
-        data=Data(path="photos", holdout=0.25, crop_scale=(0.1, 1.0)),
+        data=Data(path="photos", holdout=0.25, crop_scale=(0.1, 1.0), recolour=0.5),
         optim=Optim(batch_size=64, lr=1e-3),
         train=Train(steps=1000, log_every=20, checkpoint_steps=500),
         run=Run(name="mae_photos"),
@@ -349,6 +351,7 @@ def check(recipe: Recipe) -> Recipe:
             "they are a smallest and a largest value",
         )
     need(data.crop_scale[1] <= 1, "data.crop_scale", "numbers up to 1", "a crop cannot be larger than its image")
+    need(0 <= data.recolour <= 1, "data.recolour", "0 to 1", "it is a strength")
     need(data.workers is None or data.workers >= 0, "data.workers", "0 or more", "it is a number of threads")
     need(optim.batch_size > 0, "optim.batch_size", "1 or more", "a step needs images")
     need(

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why. `auto` searches; an explicit choice is kept or refused with a sentence."""
+"""Which implementation of an op runs, and why. `auto` searches; an explicit choice is kept or refused with a reason."""
 
 import hashlib
 import json

@@ -1,7 +1,8 @@
 """Loss of predicted against true pixels over hidden patches. MAE, arXiv:2111.06377, section 3.
 
 target t of a patch: its p*p*3 values in (py, px, c) order; with `norm` (t - mean) / sqrt(var + eps), mean and variance
-over all p*p*3 values together, variance unbiased (the paper says "standard deviation", the authors' code divides by n - 1).
+over all p*p*3 values together, variance unbiased (the paper says "standard deviation"; the authors' code divides by
+n - 1).
 loss = mean over hidden patches of the mean over D of f(pred - t), f(d) = d^2 | |d| | smooth_l1(d, beta).
 B batch, L patches in row-major order, D = p*p*3, C = 3 channels, H W pixels, M hidden patches per image
 """
@@ -135,8 +136,8 @@ def _patches(img_BCHW: Tensor, patch: int) -> Tensor:
     return tiles.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // patch) * (W // patch), patch * patch * C)
 
 
-# contract: define + impl + register_fake under a thin autograd.Function, for the launch cost (see noop.py). The forward
-# also leaves the gradient for an upstream gradient of 1, where asked; the backward corrects it, or computes it when `stale`.
+# contract: define + impl + register_fake under a thin autograd.Function, for the launch cost (see noop.py). When asked
+# to, the forward leaves the gradient for an upstream gradient of 1; the backward corrects it or computes it anew.
 _CONFIG = "int patch, bool norm, str kind, float[] mean, float[] std, float eps, float beta"
 torch.library.define(
     "mimfast::pixel_loss_fwd",

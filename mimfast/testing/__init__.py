@@ -16,7 +16,7 @@ from mimfast.testing.racing import race as race
 from mimfast.testing.record import machine as machine
 from mimfast.testing.record import write_record as write_record
 
-# allowed beside the 2x rule, in fp32 units in the last place of the largest value: torch may round a sum exactly by luck
+# allowed beside the 2x rule, in fp32 units in the last place of the largest value: torch may round exactly by luck
 FLOOR_ULPS = 8
 
 
@@ -32,7 +32,7 @@ class Error(NamedTuple):
 def assert_close_to_ref(
     fn: Callable[..., Tensor], ref: Callable[..., Tensor], args: dict[str, Any], seed: int = 0
 ) -> list[Error]:
-    """The tolerance rule: the error of `fn` is at most twice that of `ref` in the same dtype, both against `ref` in fp64.
+    """The tolerance rule: the error of `fn` is at most twice that of `ref` in the same dtype, both against fp64.
 
     Compares the output, and the gradient of every tensor in `args` that requires one, for a random upstream gradient.
     Prints both errors of each; returns them.

@@ -53,6 +53,7 @@ def main(bench: Bench) -> int:
 def run_case(bench: Bench, case: Any, device: str, rounds: int) -> list[dict[str, Any]]:
     """Race one case, forward and forward with backward; print and return its rows."""
     torch.manual_seed(0)
+    torch._dynamo.reset()  # or the compiled contestants fall back to eager after some shapes
     args = bench.make(case, device)
     fns = bench.contestants(device)
     errors = {name: compare(fn, bench.ref, args) for name, fn in fns.items()}
@@ -60,7 +61,7 @@ def run_case(bench: Bench, case: Any, device: str, rounds: int) -> list[dict[str
     rows = []
     for with_gradient in (False, True):
         calls = {name: _call(fn, args, with_gradient) for name, fn in fns.items() if _right(errors[name])}
-        times = race({name: _graphed(name, call) for name, call in calls.items()}, rounds)
+        times = race({name: as_graph(call) for name, call in calls.items()}, rounds)
         launched = race(calls, rounds) if device == "cuda" else times
         bytes_moved = bench.bytes_moved(args, with_gradient)
         for name in fns:
@@ -85,14 +86,6 @@ def _call(fn: Fn, args: Args, with_gradient: bool) -> Callable[[], object]:
     shape = fn(**args)
     upstream = torch.ones_like(shape)
     return lambda: torch.autograd.grad(fn(**args), leaves, upstream)
-
-
-def _graphed(name: str, call: Callable[[], object]) -> Callable[[], object]:
-    try:
-        return as_graph(call)
-    except RuntimeError as error:
-        print(f"{name}: launched, not replayed, because CUDA-graph capture failed: {str(error).splitlines()[0]}")
-        return call
 
 
 def _speed(times: Times, launched: Times, bytes_moved: int, yardstick: Times | None) -> dict[str, float | None]:

@@ -29,7 +29,7 @@ def why_not() -> str | None:
 
 @cache
 def core() -> ModuleType:
-    """Compile (about ten seconds) and load. Raises CalledProcessError, with the compiler's words printed, when csrc is broken."""
+    """Compile (about ten seconds) and load. CalledProcessError below the compiler's words when csrc is broken."""
     folder = tempfile.mkdtemp(prefix="mimfast-emulated-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     target = Path(folder) / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -41,7 +41,8 @@ def core() -> ModuleType:
     subprocess.run(["g++", *flags, *define, *include, "-o", str(target), *host, "-x", "c++", *device], check=True)
     # a package name of its own: pybind11 keeps one module per full name
     spec = importlib.util.spec_from_file_location("mimfast_emulated._core", target)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

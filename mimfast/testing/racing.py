@@ -42,7 +42,7 @@ def _clock(fn: Callable[[], object]) -> Callable[[], float]:
 
 
 def _cuda_timer() -> Callable[[Callable[[], object]], Callable[[], float]]:
-    # twice the cache; the overwrite also keeps the GPU busy while the CPU queues the call, so that launch gaps count less
+    # twice the cache; the overwrite also keeps the GPU busy while the CPU queues the call, so launch gaps count less
     flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
 
     def once(fn: Callable[[], object]) -> Callable[[], float]:
@@ -62,7 +62,7 @@ def _times(us: list[float]) -> Times:
 
 
 def as_graph(fn: Callable[[], object]) -> Callable[[], object]:
-    """Capture `fn` in a CUDA graph and return its replay; without a GPU, `fn` itself."""
+    """The replay of `fn` captured in a CUDA graph; `fn` itself without a GPU or, saying so, when capture fails."""
     if not torch.cuda.is_available():
         return fn
     side = torch.cuda.Stream()
@@ -72,6 +72,10 @@ def as_graph(fn: Callable[[], object]) -> Callable[[], object]:
             fn()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fn()
+    try:
+        with torch.cuda.graph(graph):
+            fn()
+    except RuntimeError as error:
+        print(f"launched, not replayed, because CUDA-graph capture failed: {str(error).splitlines()[0]}")
+        return fn
     return graph.replay

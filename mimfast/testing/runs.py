@@ -10,7 +10,9 @@ from mimfast.recipes import Data, Model, Optim, Recipe, Run, Score, Target, Trai
 
 
 def write_images(folder: Path, count: int = 12, classes: int = 0, side: int = 24) -> Path:
-    """Write `count` PNG files of `side` px, in class folders when `classes` is not 0; classes differ in colour. Returns `folder`."""
+    """Write `count` PNG files of `side` px, in class folders when `classes` is not 0; classes differ in colour.
+    Returns `folder`.
+    """
     rng = np.random.default_rng(0)
     ramp = np.linspace(0, 1, side)
     for i in range(count):
@@ -31,9 +33,9 @@ def tiny_recipe(data: Path | str, out: Path | str, **train: int | float | str) -
     return Recipe(
         model=Model("mae", "vit", 16, 4, 16, 1, 2, decoder_dim=16, decoder_depth=1, decoder_heads=2),
         target=Target(norm=False),
-        data=Data(path=str(data), holdout=0.25, workers=0),
+        data=Data(path=str(data), holdout=0.25, recolour=0.5, workers=0),
         optim=Optim(batch_size=4, lr=3e-3, warmup=0.2),
-        train=replace(Train(steps=6, log_every=1, checkpoint_steps=2, checkpoint_minutes=0, device="cpu"), **train),  # type: ignore[arg-type]
+        train=replace(Train(steps=6, log_every=1, checkpoint_steps=2, checkpoint_minutes=0.0, device="cpu"), **train),  # type: ignore[arg-type]
         score=Score(views=2),
         run=Run(name="tiny", out=str(out), tensorboard=False),
     )

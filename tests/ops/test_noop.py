@@ -7,7 +7,7 @@ import torch
 
 from mimfast._check import UserError
 from mimfast.ops.noop import IMPLS, noop, noop_ref
-from mimfast.testing import assert_close_to_ref, poisoned, skip_unless
+from mimfast.testing import assert_close_to_ref, emulated, poisoned, skip_unless
 from mimfast.testing.noop import CASES, make
 
 KERNELS = [impl for impl in IMPLS if impl != "ref"]
@@ -23,6 +23,15 @@ def test_value_and_gradient(case, impl, device):
     out = noop(args["x"], impl=impl)
     assert torch.equal(out, args["x"])
     assert out.is_contiguous()
+
+
+@pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+@pytest.mark.parametrize("n", [1, 255, 257, 70001])
+def test_cuda_source_run_on_the_cpu(n):
+    x, y = torch.randn(n), torch.full((n + 1,), float("nan"))
+    emulated.core().noop_cuda(x.data_ptr(), y.data_ptr(), n, 0)
+    assert torch.equal(y[:n], x)
+    assert y[n].isnan()
 
 
 @pytest.mark.parametrize("impl", KERNELS)

@@ -33,7 +33,7 @@ def word_by_integers(seed: int, stream: int, epoch: int, sample_id: int, w: int)
     return c[w & 3]
 
 
-@pytest.mark.parametrize("counter, key, result", PUBLISHED)
+@pytest.mark.parametrize(("counter", "key", "result"), PUBLISHED)
 @pytest.mark.parametrize("wrap", [lambda v: np.array([v]), lambda v: torch.tensor([v])], ids=["numpy", "torch"])
 def test_published_vectors(counter, key, result, wrap):
     found = philox.philox4x32(tuple(wrap(v) for v in unhex(counter)), unhex(key))
@@ -47,7 +47,8 @@ def test_addressing(seed):
         assert philox.words(seed, stream, epoch, np.array(IDS), 9).tolist() == wanted
         assert philox.words(seed, stream, epoch, np.array(IDS, dtype=np.uint64), 9).tolist() == wanted
         found = philox.words(seed, stream, epoch, torch.tensor(IDS), 9)
-        assert found.dtype == torch.int64 and found.tolist() == wanted
+        assert found.dtype == torch.int64
+        assert found.tolist() == wanted
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
@@ -74,13 +75,16 @@ def test_count_only_cuts(count):
 def test_uniform_is_exact_open_and_flat():
     ids = np.arange(4096)
     u = philox.uniform(11, 1, 0, ids, 64)
-    assert u.dtype == np.float64 and u.min() > 0 and u.max() < 1
+    assert u.dtype == np.float64
+    assert u.min() > 0
+    assert u.max() < 1
     assert np.array_equal(u, philox.uniform(11, 1, 0, torch.from_numpy(ids), 64).numpy())
     assert np.array_equal(u * 2**32 - 0.5, philox.words(11, 1, 0, ids, 64))
     counts = np.bincount((u.ravel() * 64).astype(int), minlength=64)
     chi2 = ((counts - u.size / 64) ** 2 / (u.size / 64)).sum()
     assert 25 < chi2 < 120, chi2  # 63 degrees of freedom: mean 63, deviation 11
-    assert abs(np.corrcoef(u[:, 0], u[:, 1])[0, 1]) < 0.07 and abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 0.07
+    assert abs(np.corrcoef(u[:, 0], u[:, 1])[0, 1]) < 0.07
+    assert abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 0.07
 
 
 def test_streams_epochs_and_seeds_differ():
@@ -94,7 +98,7 @@ def test_streams_epochs_and_seeds_differ():
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"seed": -1}, r"philox: seed has -1, expected an int in \[0, 2\*\*64\) because"),
         ({"seed": 2**64}, "philox: seed has 18446744073709551616, expected"),

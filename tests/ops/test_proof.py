@@ -1,6 +1,8 @@
 """The proof machinery can say no: the tolerance rule, poison, races, records, budgets."""
 
 import importlib.util
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,38 @@ def test_a_record_verifies_only_what_it_shows():
     assert "no test naming it passed" in why_not(record(stages=[skipped]), "blur", "triton", "abc")
     loose = {"op": "blur", "rows": [{"contestant": "triton", "out_of_tolerance": True}]}
     assert "out of tolerance" in why_not(record(stages=[*record()["stages"], loose]), "blur", "triton", "abc")
+
+
+def test_a_stage_that_fails_hangs_or_is_missing_does_not_stop_the_suite(tmp_path):
+    suite = load("gpu_suite")
+    report = tmp_path / "tests.xml"
+    bad = tmp_path / "test_bad.py"
+    bad.write_text("def test_good(): pass\ndef test_bad(): assert 0\n")
+    pytest_command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "junit_family=xunit1",
+        f"--junitxml={report}",
+        str(bad),
+    ]
+    soon = time.monotonic() + 100
+    with open(tmp_path / "log", "w+") as log:
+        failed = suite.run(suite.Stage("tests", pytest_command, 60, report), soon, log)
+        hung = suite.run(suite.Stage("hangs", ["sleep", "60"], 1), soon, log)
+        missing = suite.run(suite.Stage("missing", ["no-such-command"], 1), soon, log)
+        late = suite.run(suite.Stage("late", ["true"], 1), time.monotonic(), log)
+        fine = suite.run(suite.Stage("fine", ["true"], 10), soon, log)
+    assert failed["outcome"] == "failed"
+    assert failed["why"] == "exit code 1"
+    assert sorted(failed["tests"].values()) == ["failed", "passed"]
+    assert "assert 0" in failed["tail"]
+    assert hung["why"] == "stopped after 1 s"
+    assert "no-such-command" in missing["why"]
+    assert "no time left" in late["why"]
+    assert fine["outcome"] == "passed"
 
 
 def test_budget_names_what_is_too_much():

@@ -51,7 +51,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad, clip):
 
 
 def test_a_finite_step_equals_plain_adamw():
-    layer, optimizer = _trained_once()
+    layer, _ = _trained_once()
     torch.manual_seed(0)
     twin = torch.nn.Linear(3, 2)
     groups = [{"params": [twin.weight], "weight_decay": 0.05}, {"params": [twin.bias], "weight_decay": 0.0}]
