@@ -1,11 +1,15 @@
-// The Python module mimfast._core: plain functions on addresses, sizes and a stream handle. The fronts in mimfast/ops
-// check shapes, dtypes and devices. The tests build this file a second time with the kernels emulated, see emulate.h.
+// The Python module mimfast._core: plain functions on addresses, sizes and a stream handle. Shapes, dtypes and devices
+// are checked by the fronts in mimfast/ops. The tests build this file a second time with the kernels emulated, see
+// emulate.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <sstream>
 #include <string>
 
+#include "mask_blockwise.h"
+#include "mask_guided.h"
+#include "mask_pack.h"
 #include "mask_plan.h"
 #include "noop.h"
 #include "patch_gather.h"
@@ -38,8 +42,9 @@ py::object source_hash(const std::string& op) {
 }
 
 mimfast::MaskPlan make_mask_plan(uintptr_t sample_ids, uintptr_t epochs, int64_t epoch, int64_t batch, int32_t rows,
-                                 int32_t cols, int32_t unit, int32_t keep_units, uint64_t seed, uint32_t word_mask,
-                                 uintptr_t keep, uintptr_t inverse, uintptr_t hidden) {
+                                 int32_t cols, int32_t unit, int32_t keep_units, uintptr_t cu_seqlens,
+                                 uintptr_t importance, uint64_t seed, uint32_t word_mask, uintptr_t keep,
+                                 uintptr_t inverse, uintptr_t hidden, uintptr_t hide) {
   return {at<const int64_t>(sample_ids),
           at<const int64_t>(epochs),
           epoch,
@@ -48,10 +53,47 @@ mimfast::MaskPlan make_mask_plan(uintptr_t sample_ids, uintptr_t epochs, int64_t
           cols,
           unit,
           keep_units,
+          at<const int32_t>(cu_seqlens),
+          at<const float>(importance),
           seed,
           word_mask,
           at<int64_t>(keep),
           at<int64_t>(inverse),
+          at<bool>(hidden),
+          at<int64_t>(hide)};
+}
+
+mimfast::MaskPack make_mask_pack(uintptr_t hidden, int64_t batch, int64_t tokens, int64_t visible, int64_t most_hidden,
+                                 uintptr_t kept, uintptr_t keep, uintptr_t inverse, uintptr_t hide,
+                                 uintptr_t cu_seqlens) {
+  return {at<const bool>(hidden),
+          batch,
+          tokens,
+          visible,
+          most_hidden,
+          at<int32_t>(kept),
+          at<int64_t>(keep),
+          at<int64_t>(inverse),
+          at<int64_t>(hide),
+          at<int32_t>(cu_seqlens)};
+}
+
+mimfast::MaskBlockwise make_mask_blockwise(uintptr_t sample_ids, uintptr_t epochs, int64_t epoch, int64_t batch,
+                                           int32_t rows, int32_t cols, int32_t count, int32_t min_block,
+                                           int32_t log_low, int32_t log_high, bool exact, uint64_t seed,
+                                           uintptr_t hidden) {
+  return {at<const int64_t>(sample_ids),
+          at<const int64_t>(epochs),
+          epoch,
+          batch,
+          rows,
+          cols,
+          count,
+          min_block,
+          log_low,
+          log_high,
+          exact,
+          seed,
           at<bool>(hidden)};
 }
 
@@ -105,9 +147,23 @@ PYBIND11_MODULE(_core, m) {
   // module_local: the emulated twin may be loaded beside this module
   py::class_<mimfast::MaskPlan>(m, "MaskPlan", py::module_local(), "One call, field by field as in csrc/mask_plan.h.")
       .def(py::init(&make_mask_plan), py::kw_only(), py::arg("sample_ids"), py::arg("epochs"), py::arg("epoch"),
-           py::arg("batch"), py::arg("rows"), py::arg("cols"), py::arg("unit"), py::arg("keep_units"), py::arg("seed"),
-           py::arg("word_mask"), py::arg("keep"), py::arg("inverse"), py::arg("hidden"));
+           py::arg("batch"), py::arg("rows"), py::arg("cols"), py::arg("unit"), py::arg("keep_units"),
+           py::arg("cu_seqlens"), py::arg("importance"), py::arg("seed"), py::arg("word_mask"), py::arg("keep"),
+           py::arg("inverse"), py::arg("hidden"), py::arg("hide"));
   m.def("mask_plan_cpu", &mimfast::mask_plan_cpu, py::arg("plan"), py::arg("threads"), release_gil());
+  m.def("mask_guided_cpu", &mimfast::mask_guided_cpu, py::arg("plan"), py::arg("threads"), release_gil());
+
+  py::class_<mimfast::MaskPack>(m, "MaskPack", py::module_local(), "One call, field by field as in csrc/mask_pack.h.")
+      .def(py::init(&make_mask_pack), py::kw_only(), py::arg("hidden"), py::arg("batch"), py::arg("tokens"),
+           py::arg("visible"), py::arg("most_hidden"), py::arg("kept"), py::arg("keep"), py::arg("inverse"),
+           py::arg("hide"), py::arg("cu_seqlens"));
+  m.def("mask_pack_cpu", &mimfast::mask_pack_cpu, py::arg("pack"), py::arg("threads"), release_gil());
+
+  py::class_<mimfast::MaskBlockwise>(m, "MaskBlockwise", py::module_local(), "One call, see csrc/mask_blockwise.h.")
+      .def(py::init(&make_mask_blockwise), py::kw_only(), py::arg("sample_ids"), py::arg("epochs"), py::arg("epoch"),
+           py::arg("batch"), py::arg("rows"), py::arg("cols"), py::arg("count"), py::arg("min_block"),
+           py::arg("log_low"), py::arg("log_high"), py::arg("exact"), py::arg("seed"), py::arg("hidden"));
+  m.def("mask_blockwise_cpu", &mimfast::mask_blockwise_cpu, py::arg("call"), py::arg("threads"), release_gil());
   m.attr("MASK_PLAN_MAX_UNITS_CUDA") = mimfast::kMaskPlanMaxUnitsCuda;
 
   py::class_<mimfast::PatchGather>(m, "PatchGather", py::module_local(), "One call, as in csrc/patch_gather.h.")
@@ -128,5 +184,19 @@ PYBIND11_MODULE(_core, m) {
       "mask_plan_cuda",
       [](const mimfast::MaskPlan& plan, uintptr_t stream) { mimfast::mask_plan_cuda(plan, at<CUstream_st>(stream)); },
       py::arg("plan"), py::arg("stream"), release_gil());
+  m.def(
+      "mask_guided_cuda",
+      [](const mimfast::MaskPlan& plan, uintptr_t stream) { mimfast::mask_guided_cuda(plan, at<CUstream_st>(stream)); },
+      py::arg("plan"), py::arg("stream"), release_gil());
+  m.def(
+      "mask_pack_cuda",
+      [](const mimfast::MaskPack& pack, uintptr_t stream) { mimfast::mask_pack_cuda(pack, at<CUstream_st>(stream)); },
+      py::arg("pack"), py::arg("stream"), release_gil());
+  m.def(
+      "mask_blockwise_cuda",
+      [](const mimfast::MaskBlockwise& call, uintptr_t stream) {
+        mimfast::mask_blockwise_cuda(call, at<CUstream_st>(stream));
+      },
+      py::arg("call"), py::arg("stream"), release_gil());
 #endif
 }

@@ -16,6 +16,8 @@ constexpr uint32_t kStreamMask = 1;
 constexpr uint32_t kStreamCrop = 2;
 constexpr uint32_t kStreamOrder = 3;
 constexpr uint32_t kStreamReplace = 4;
+constexpr uint32_t kStreamBlock = 5;
+constexpr uint32_t kStreamTube = 6;
 
 struct PhiloxBlock {
   uint32_t word[4];

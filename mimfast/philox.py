@@ -25,6 +25,8 @@ STREAM_MASK = 1
 STREAM_CROP = 2
 STREAM_ORDER = 3
 STREAM_REPLACE = 4
+STREAM_BLOCK = 5
+STREAM_TUBE = 6
 
 MAX_WORDS = 1 << 26  # 24 bits of block number, four words each
 
@@ -68,32 +70,35 @@ def check_seed(op: str, seed: int) -> None:
         fail(op, "seed", repr(seed), "an int in [0, 2**64)", "it is the 64-bit key of Philox")
 
 
-def words(seed: int, stream: int, epoch: int | Array, sample_ids: Array, count: int) -> Array:
-    """The first `count` words of a stream for each sample.
+def words(seed: int, stream: int, epoch: int | Array, sample_ids: Array, count: int, first: int = 0) -> Array:
+    """`count` words of a stream for each sample, from word `first` on.
 
     Args:
         seed: int in [0, 2^64).
         stream: one of the STREAM_ constants.
         epoch: int, or (B,) integers of the kind of sample_ids; the low 32 bits count.
         sample_ids: (B,) numpy int64 or uint64 array, or torch int64 tensor on any device; all 64 bits count.
-        count: N, at most 2^26.
+        count: N.
+        first: a multiple of 4; first + count is at most 2^26.
     Returns:
         (B, N) int64, values in [0, 2^32), numpy for numpy and torch (same device) for torch.
     Raises:
-        UserError: seed, stream or count out of range.
+        UserError: seed, stream, count or first out of range.
     """
     check_seed("philox", seed)
     if not 0 <= stream < 256:
         fail("philox", "stream", stream, "0 to 255", "it fills 8 bits of the counter")
-    if not 0 <= count <= MAX_WORDS:
-        fail("philox", "count", count, f"0 to {MAX_WORDS}", "a stream has 2**24 blocks of four words")
+    if not 0 <= count <= MAX_WORDS - first:
+        fail("philox", "count", count, f"0 to {MAX_WORDS - first}", "a stream has 2**24 blocks of four words")
+    if first < 0 or first % 4:
+        fail("philox", "first", first, "a multiple of 4", "words come in blocks of four")
     blocks = (count + 3) // 4
     if isinstance(sample_ids, np.ndarray):
         sample_ids = sample_ids.astype(np.int64)
-        block_G: Any = np.arange(blocks, dtype=np.int64)
+        block_G: Any = np.arange(first // 4, first // 4 + blocks, dtype=np.int64)
         stack: Any = np.stack
     else:
-        block_G = torch.arange(blocks, dtype=torch.int64, device=sample_ids.device)
+        block_G = torch.arange(first // 4, first // 4 + blocks, dtype=torch.int64, device=sample_ids.device)
         stack = torch.stack
     ids_B1: Any = sample_ids[:, None]
     epoch_B1: Any = epoch if isinstance(epoch, int) else epoch[:, None]

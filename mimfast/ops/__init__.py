@@ -1,7 +1,25 @@
-"""The fused kernels as functions: `from mimfast.ops.mask_plan import mask_plan
+"""The fused kernels as functions: `from mimfast.ops import pixel_loss`.
+
+Each op is one file with the name of its function. The functions are bound here, eagerly, because importing the file
+`mimfast.ops.<op>` would otherwise leave the *module* under the name of the function.
+"""
+
+from mimfast.ops.mask_blockwise import mask_blockwise
+from mimfast.ops.mask_guided import mask_guided
+from mimfast.ops.mask_pack import mask_pack
+from mimfast.ops.mask_plan import mask_plan
 from mimfast.ops.noop import noop
 from mimfast.ops.patch_gather import patch_gather
 from mimfast.ops.patch_unshuffle import patch_unshuffle
 from mimfast.ops.pixel_loss import pixel_loss
 
-__all__ = ["mask_plan", "noop", "patch_gather", "patch_unshuffle", "pixel_loss"]
+__all__ = [
+    "mask_blockwise",
+    "mask_guided",
+    "mask_pack",
+    "mask_plan",
+    "noop",
+    "patch_gather",
+    "patch_unshuffle",
+    "pixel_loss",
+]
