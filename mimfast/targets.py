@@ -1,6 +1,6 @@
 """Targets: what a prediction is scored against. A target is a loss, so a fused op never stores what it compares with.
 
-B batch, L patches, P values per patch
+B batch, L patches, M predicted patches, P values per patch
 """
 
 from typing import Literal, Protocol
@@ -24,7 +24,7 @@ class Target(Protocol):
     dim: int
     patch: int
 
-    def loss(self, pred: Tensor, img: Tensor, mask: Mask) -> Tensor: ...
+    def loss(self, pred: Tensor, img: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor: ...
 
 
 class Pixels(nn.Module):
@@ -44,17 +44,22 @@ class Pixels(nn.Module):
     def extra_repr(self) -> str:
         return f"patch={self.patch}, norm={self.norm}, kind={self.kind!r}"
 
-    def loss(self, pred: Tensor, img: Tensor, mask: Mask) -> Tensor:
-        """Mean loss over the hidden patches.
+    def loss(self, pred: Tensor, img: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor:
+        """Mean loss over the hidden patches, or over the given ones.
 
         Args:
-            pred: (B, L, P), P in (py, px, c) order.
+            pred: (B, L, P), or (B, M, P) with `rows`; P in (py, px, c) order.
             img: (B, 3, H, W), uint8 or floating point, normalised already.
             mask: the one the prediction was made with.
+            rows: (B, M) int64, the patches that `pred` is for; None when it is for all.
         Returns:
             scalar fp32.
         """
-        return pixel_loss(pred, img, mask.hidden, patch=self.patch, norm=self.norm, kind=self.kind)
+        hidden = mask.hidden if rows is None else rows
+        if rows is not None:
+            full = pred.new_zeros(pred.shape[0], mask.inverse.shape[1], pred.shape[2])
+            pred = full.scatter(1, rows[:, :, None].expand_as(pred), pred)
+        return pixel_loss(pred, img, hidden, patch=self.patch, norm=self.norm, kind=self.kind)
 
     # a module is called to score, like any loss
     forward = loss

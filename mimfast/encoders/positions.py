@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mimfast._check import fail
 
@@ -33,3 +34,21 @@ def sincos_2d(dim: int, grid: tuple[int, int]) -> Tensor:
     column_LF = torch.arange(columns, dtype=torch.float64).repeat(rows)[:, None] * omega_F
     table_LD = torch.cat([column_LF.sin(), column_LF.cos(), row_LF.sin(), row_LF.cos()], dim=1)
     return torch.cat([torch.zeros(1, dim, dtype=torch.float64), table_LD])[None].float()
+
+
+def at_grid(table: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Tensor:
+    """A position table for another grid.
+
+    Args:
+        table: (1, 1 + rows * columns, D) with a class token's row first.
+        grid: (rows, columns) that it is for.
+        other: (rows, columns) wanted.
+    Returns:
+        (1, 1 + rows * columns, D) in the dtype and on the device of `table`: the sine-cosine table when `table` is one,
+        else the bicubic interpolation of its patches, class row kept.
+    """
+    if torch.allclose(table.float().cpu(), sincos_2d(table.shape[-1], grid), atol=1e-5):
+        return sincos_2d(table.shape[-1], other).to(table)
+    patches_1DL = table[:, 1:].float().mT.unflatten(-1, grid)
+    resized = F.interpolate(patches_1DL, other, mode="bicubic", antialias=True).flatten(2).mT
+    return torch.cat([table[:, :1], resized.to(table.dtype)], dim=1)

@@ -1,95 +1,43 @@
 """Vision Transformer whose masked forward embeds and encodes the visible patches only.
 
 ViT, arXiv:2010.11929; MAE, arXiv:2111.06377, sec. 3. State-dict names are timm's and the official MAE encoder's.
-B batch, L patches of the grid, K kept patches, D width, E = 3 p p values of a patch in (c, py, px) order, C channels,
-H W pixels, N heads, T tokens of a sequence (1 class token + patches)
+B batch, L patches of the grid, K kept patches, D width, H W pixels, T tokens (1 class token + patches, or all packed)
 """
 
-from typing import Any
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mimfast._check import check_same_device, fail
-from mimfast._images import normalize
-from mimfast.encoders.positions import sincos_2d
+from mimfast.encoders.block import EPS, Block, check_heads, init_mae
+from mimfast.encoders.embed import PatchEmbedVisible
+from mimfast.encoders.positions import at_grid, sincos_2d
 from mimfast.mask import Mask
+from mimfast.ops.patch_unshuffle import patch_unshuffle
 
 Size = int | tuple[int, int]
 
-EPS = 1e-6  # of every layer norm, as in timm and MAE (Hugging Face's ViTMAE says 1e-12)
 
+class Packed(NamedTuple):
+    """Sequences of different lengths, one after the other.
 
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused, biased qkv projection."""
+    Attributes:
+        tokens: (T, D).
+        cu_seqlens: (G + 1) int32: where each sequence begins, and where the last ends.
+    """
 
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        batch, tokens, dim = x_BTD.shape
-        qkv = self.qkv(x_BTD).view(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        y_BNTd = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
-        return self.proj(y_BNTd.transpose(1, 2).reshape(batch, tokens, dim))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with the exact GELU between them."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BTD)))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block; no dropout, drop path or layer scale (MAE pre-training has none)."""
-
-    def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.norm1(x_BTD))
-        return x_BTD + self.mlp(self.norm2(x_BTD))
-
-
-class PatchEmbed(nn.Module):
-    """The patch convolution, applied as gather + matrix product so that hidden patches cost nothing."""
-
-    def __init__(self, patch: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, patch)
-
-    def forward(self, img_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
-        batch, channels, height, width = img_BCHW.shape
-        patch, weight = self.proj.kernel_size[0], self.proj.weight
-        rows, columns = height // patch, width // patch
-        patches = img_BCHW.view(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-        if keep_BK is None:
-            patches = patches.reshape(batch, rows * columns, channels, patch, patch)
-        else:
-            image_B1 = torch.arange(batch, device=keep_BK.device)[:, None]
-            patches = patches[image_B1, keep_BK // columns, keep_BK % columns]
-        # uint8 is normalised here, after the gather: a quarter of the arithmetic at ratio 0.75
-        patches_BKE = normalize(patches).flatten(2).to(weight.dtype)
-        return F.linear(patches_BKE, weight.flatten(1), self.proj.bias)
+    tokens: Tensor
+    cu_seqlens: Tensor
 
 
 class ViT(nn.Module):
     """Vision Transformer with a class token and fixed sine-cosine positions.
 
-    Without a mask it is the plain backbone; with one, mode "drop" embeds and encodes the visible patches only.
+    Without a mask it is the plain backbone. With one, hidden patches are never embedded: mode "drop" encodes the
+    visible ones only, mode "replace" puts a learned token in their places and encodes the full sequence (SimMIM).
 
     Args:
         img_size: of the square input in pixels, or (height, width).
@@ -98,13 +46,14 @@ class ViT(nn.Module):
         depth: number of blocks.
         heads: attention heads.
         mlp_ratio: width of the MLP over D.
+        mask_token: whether there is a `mask_token`, which mode "replace" needs.
     Attributes:
         stride: pixels per token side (= patch).
         grid: (rows, columns) in patches.
-        mask_modes: what `mode` may be: {"drop"}.
+        mask_modes: what `mode` may be: {"drop"}, with a mask token {"drop", "replace"}.
     """
 
-    mask_modes = frozenset({"drop"})
+    mask_token: nn.Parameter | None
 
     def __init__(
         self,
@@ -114,6 +63,7 @@ class ViT(nn.Module):
         depth: int = 12,
         heads: int = 12,
         mlp_ratio: float = 4.0,
+        mask_token: bool = False,
     ) -> None:
         super().__init__()
         self.img_size, self.grid = _sizes(img_size, patch)
@@ -129,12 +79,19 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         # a parameter, not a buffer, to keep its place among the names of timm; never trained
         self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid), requires_grad=False)
-        self.patch_embed = PatchEmbed(patch, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)) if mask_token else None
+        self.patch_embed = PatchEmbedVisible(patch, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=EPS)
         init_mae(self)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+
+    @property
+    def mask_modes(self) -> frozenset[str]:
+        return frozenset({"drop"} if self.mask_token is None else {"drop", "replace"})
 
     @property
     def config(self) -> dict[str, Any]:
@@ -146,7 +103,24 @@ class ViT(nn.Module):
             "depth": self.depth,
             "heads": self.heads,
             "mlp_ratio": self.mlp_ratio,
+            **({} if self.mask_token is None else {"mask_token": True}),
         }
+
+    def at(self, img_size: Size) -> "ViT":
+        """The same encoder for images of another size: every weight is shared, the positions are made anew.
+
+        Fixed sine-cosine positions are computed for the new grid; any other table is interpolated (bicubic).
+
+        Args:
+            img_size: pixels, or (height, width), multiples of the patch.
+        """
+        other = copy.copy(self)
+        other._parameters = dict(self._parameters)
+        other.img_size, other.grid = _sizes(img_size, self.patch)
+        if other.grid != self.grid:
+            table = at_grid(self.pos_embed.detach(), self.grid, other.grid)
+            other.pos_embed = nn.Parameter(table, requires_grad=False)
+        return other
 
     def forward(self, img: Tensor, mask: Mask | None = None, mode: str = "drop") -> Tensor:
         """Encode the visible patches, or all of them without a mask.
@@ -154,25 +128,90 @@ class ViT(nn.Module):
         Args:
             img: (B, 3, H, W), uint8 (normalised inside, ImageNet statistics) or floating point, normalised already.
             mask: over this encoder's grid, or None.
-            mode: how hidden tokens are treated; a ViT offers "drop".
+            mode: "drop": hidden tokens are left out. "replace": a mask token stands for each.
         Returns:
-            (B, 1 + K, D): the class token, then the visible patches in image order, after the final norm.
+            (B, 1 + K, D): the class token, then the visible patches in image order, after the final norm; (B, 1 + L, D)
+            for "replace" or without a mask. With a packed mask `forward_packed` is the one to call.
         Raises:
             UserError: an image or a mask of another shape, dtype or device; a mode that is not offered.
         """
-        self._check(img, mask, mode)
-        if not img.is_contiguous():
-            img = img.contiguous()
-        pos_1LD = self.pos_embed[:, 1:]
-        if mask is None:
-            x_BKD = self.patch_embed(img) + pos_1LD
-        else:
-            x_BKD = self.patch_embed(img, mask.keep) + pos_1LD[0][mask.keep]
-        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(img.shape[0], -1, -1)
-        x_BTD = torch.cat([cls_B1D, x_BKD], dim=1)
+        x_BTD = self.embed(img, mask, mode)
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return self.norm(x_BTD)
+
+    def features(self, img: Tensor, mask: Mask | None = None, mode: str = "drop") -> list[Tensor]:
+        """The input of the first block and the output of every block, each (B, 1 + K, D), without the final norm."""
+        found = [self.embed(img, mask, mode)]
+        for block in self.blocks:
+            found.append(block(found[-1]))
+        return found
+
+    def embed(self, img: Tensor, mask: Mask | None = None, mode: str = "drop") -> Tensor:
+        """The sequence that goes into the blocks: class token, embedded patches, positions; as `forward` otherwise."""
+        self._check(img, mask, mode)
+        if mask is not None and mask.cu_seqlens is not None:
+            found, wanted = "different numbers of visible tokens", "the same number in each image"
+            fail(
+                "ViT", "mask", found, wanted, "forward makes one rectangular tensor; forward_packed takes packed masks"
+            )
+        x_BKD = self.patch_embed(img, None if mask is None else mask.keep)
+        if mask is not None and mode == "replace":
+            assert self.mask_token is not None  # or the mode would have been refused
+            x_BKD = torch.cat([self.cls_token.to(x_BKD.dtype).expand(img.shape[0], -1, -1), x_BKD], dim=1)
+            return patch_unshuffle(x_BKD, self.mask_token, mask.inverse, self.pos_embed)
+        pos_LD = self.pos_embed[0, 1:]
+        x_BKD = x_BKD + (pos_LD if mask is None else pos_LD[mask.keep])
+        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(img.shape[0], -1, -1)
+        return torch.cat([cls_B1D, x_BKD], dim=1)
+
+    def forward_packed(self, imgs: Sequence[Tensor], masks: Sequence[Mask | None] | None = None) -> Packed:
+        """Encode image batches of several sizes, or with different numbers of visible tokens, as one.
+
+        Every product runs once over all tokens; attention stays inside each image. Sizes other than the encoder's own
+        get the positions of `at`. Packed masks are trimmed to what they hold, for which the host waits for the device.
+
+        Args:
+            imgs: batches (B_i, 3, H_i, W_i), as in `forward`.
+            masks: one for each batch, over its grid, packed or not; or None.
+        Returns:
+            The sequences of all images, batch after batch: class token, then visible patches, after the final norm.
+        Raises:
+            UserError: no batch, another number of masks, and what `forward` refuses.
+        """
+        masks = [None] * len(imgs) if masks is None else masks
+        if not imgs or len(imgs) != len(masks):
+            found, wanted = f"{len(masks)} masks for {len(imgs)} batches", "one mask for each, and one batch at least"
+            fail("ViT", "masks", found, wanted, "they go together in order")
+        parts, lengths = [], []
+        for img, mask in zip(imgs, masks):
+            size = (int(img.shape[-2]), int(img.shape[-1]))
+            tokens_TD, lengths_B = (self if size == self.img_size else self.at(size))._packed(img, mask)
+            parts.append(tokens_TD)
+            lengths.append(lengths_B)
+        cu_seqlens = nn.functional.pad(torch.cat(lengths).cumsum(0), (1, 0)).to(torch.int32)
+        x_TD = torch.cat(parts)
+        for block in self.blocks:
+            x_TD = block(x_TD, cu_seqlens)
+        return Packed(self.norm(x_TD), cu_seqlens)
+
+    def _packed(self, img: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+        """The embedded sequences of one batch, (T, D), and their lengths, (B,)."""
+        if mask is None or mask.cu_seqlens is None:
+            x_BTD = self.embed(img, mask)
+            return x_BTD.flatten(0, 1), torch.full((x_BTD.shape[0],), x_BTD.shape[1], device=img.device)
+        self._check(img, mask, "drop")
+        cu_seqlens = mask.cu_seqlens.long()
+        total = int(cu_seqlens[-1])
+        keep_K = mask.keep[:total]
+        x_KD = self.patch_embed(img, keep_K, cu_seqlens=mask.cu_seqlens)
+        x_KD = x_KD + self.pos_embed[0, 1:][keep_K]
+        # image b has b + 1 class tokens before its first patch
+        begin_B, place_K = cu_seqlens[:-1], torch.arange(total, device=img.device)
+        image_K = torch.searchsorted(cu_seqlens[1:], place_K, right=True)
+        cls_BD = (self.cls_token + self.pos_embed[:, :1])[0].expand(img.shape[0], -1).to(x_KD.dtype)
+        order_T = torch.cat([begin_B + torch.arange(img.shape[0], device=img.device), place_K + image_K + 1]).argsort()
+        return torch.cat([cls_BD, x_KD])[order_T], cu_seqlens.diff() + 1
 
     def _check(self, img: Tensor, mask: Mask | None, mode: str) -> None:
         height, width = self.img_size
@@ -202,13 +241,8 @@ class ViT(nn.Module):
                 "uint8 means 0..255 and floats are normalised",
             )
         if mode not in self.mask_modes:
-            fail(
-                "ViT",
-                "mode",
-                repr(mode),
-                f"one of {sorted(self.mask_modes)}",
-                "a ViT treats hidden tokens in no other way",
-            )
+            reason = "ViT(mask_token=True) adds 'replace'" if mode == "replace" else "a ViT has no other way"
+            fail("ViT", "mode", repr(mode), f"one of {sorted(self.mask_modes)}", reason)
         if mask is not None:
             check_mask("ViT", mask, self.grid, img)
 
@@ -268,20 +302,6 @@ class ViT(nn.Module):
     def mini8(cls, img_size: Size = 96, patch: int = 8, dim: int = 256, depth: int = 6, heads: int = 4) -> "ViT":
         """For 64..96 px."""
         return cls(img_size, patch, dim, depth, heads)
-
-
-def init_mae(module: nn.Module) -> None:
-    """MAE's initialisation: Xavier-uniform for every Linear (the fused qkv counts as one matrix) and zero biases."""
-    for child in module.modules():
-        if isinstance(child, nn.Linear):
-            nn.init.xavier_uniform_(child.weight)
-            nn.init.zeros_(child.bias)
-
-
-def check_heads(op: str, dim: int, heads: int) -> None:
-    """Raise unless the heads divide the width."""
-    if heads < 1 or dim % heads:
-        fail(op, "heads", heads, f"a divisor of {dim}", f"the width {dim} is split evenly among the heads")
 
 
 def check_mask(op: str, mask: Mask, grid: tuple[int, int], tensor: Tensor) -> None:

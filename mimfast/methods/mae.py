@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mimfast import encoders
 from mimfast._check import fail
-from mimfast.decoders import ViTDecoder
+from mimfast.decoders import CrossDecoder, Decoder, ViTDecoder
 from mimfast.encoders.vit import Size
 from mimfast.mask import Mask
 from mimfast.targets import Kind, Pixels, Target
@@ -25,12 +25,12 @@ class MAE(nn.Module):
 
     Args:
         encoder: offers "drop".
-        decoder: over the encoder's grid.
+        decoder: over the encoder's grid: `ViTDecoder`, or `CrossDecoder`, which makes it CrossMAE.
         target: with `dim` equal to the decoder's `out_dim`.
         ratio: share of hidden patches, in [0, 1); exactly int(L (1 - ratio)) stay visible.
     """
 
-    def __init__(self, encoder: encoders.Encoder, decoder: ViTDecoder, target: Target, ratio: float = 0.75) -> None:
+    def __init__(self, encoder: encoders.Encoder, decoder: Decoder, target: Target, ratio: float = 0.75) -> None:
         super().__init__()
         encoders.require_mode("MAE", encoder, "drop")
         _check_pair(encoder, decoder, target, ratio)
@@ -94,7 +94,7 @@ class MAE(nn.Module):
 
     def predict(self, img: Tensor, mask: Mask) -> Tensor:
         """The prediction for every patch: (B, L, P), in the space of the target (per-patch standardised if that is)."""
-        return self.decoder(self.encoder(img, mask, mode="drop"), mask)
+        return self.decoder(self._encode(img, mask), mask)
 
     def forward(self, img: Tensor, mask: Mask | None = None) -> Tensor:
         """The loss of a batch.
@@ -106,12 +106,19 @@ class MAE(nn.Module):
             scalar fp32.
         """
         mask = self.sample_mask(img.shape[0], device=img.device) if mask is None else mask
-        tokens = self.encoder(img, mask, mode="drop")
-        pred = self.decoder(tokens, mask)
-        return self.target.loss(pred, img, mask)
+        tokens = self._encode(img, mask)
+        # only what is scored is predicted
+        rows = self.decoder.rows(mask)
+        pred = self.decoder(tokens, mask, rows)
+        return self.target.loss(pred, img, mask, rows)
+
+    def _encode(self, img: Tensor, mask: Mask) -> Any:
+        if self.decoder.wants_features:
+            return self.encoder.features(img, mask, mode="drop")  # type: ignore[attr-defined]
+        return self.encoder(img, mask, mode="drop")
 
 
-def _check_pair(encoder: encoders.Encoder, decoder: ViTDecoder, target: Target, ratio: float) -> None:
+def _check_pair(encoder: encoders.Encoder, decoder: Decoder, target: Target, ratio: float) -> None:
     """Raise when the parts do not fit together."""
     if decoder.grid != encoder.grid:
         found, wanted = (f"grid {part.grid[0]}x{part.grid[1]}" for part in (decoder, encoder))
@@ -131,6 +138,11 @@ def _check_pair(encoder: encoders.Encoder, decoder: ViTDecoder, target: Target, 
             f"encoder_dim {decoder.encoder_dim}",
             encoder.dim,
             f"the encoder's tokens are {encoder.dim} wide",
+        )
+    if isinstance(decoder, CrossDecoder) and decoder.features != getattr(encoder, "depth", -1) + 1:
+        wanted = f"{getattr(encoder, 'depth', 'no')} + 1 features"
+        fail(
+            "MAE", "decoder", f"{decoder.features} features", wanted, "it mixes the maps of every block and their input"
         )
     if target.dim != decoder.out_dim:
         reason = f"the decoder predicts {decoder.out_dim} values per patch"
