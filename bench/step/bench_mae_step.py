@@ -2,10 +2,10 @@
 
     python bench/step/bench_mae_step.py [--json FILE] [--rounds N] [--threads N] [--no-compile] [--profile]
 
-On a CPU: batch 8, fp32. On a GPU: batch 256, bf16 autocast, with peak memory. 224 px, 75 % hidden. A step is mask, forward,
-backward and a fused AdamW. Both models start from the same weights; first their losses for the same masks are compared.
-Contestants take turns in one process. Ratios are medians of the ratios of one turn, so that neighbours on the machine count
-less. `--profile` prints where the time of an eager step goes instead, ours beside theirs.
+On a CPU: batch 8, fp32. On a GPU: batch 256, bf16 autocast, with peak memory. 224 px, 75 % hidden. A step is mask,
+forward, backward and a fused AdamW. Both models start from the same weights; first their losses for the same masks are
+compared. Contestants take turns in one process. Ratios are medians of the ratios of one turn, so that neighbours on the
+machine count less. `--profile` prints where the time of an eager step goes instead, ours beside theirs.
 """
 
 import argparse
@@ -169,10 +169,8 @@ def profile(steps: dict[str, Step], top: int = 18) -> list[dict[str, Any]]:
         steps[name]()
         with record(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
             steps[name]()
-        times = (
-            (e.key, e.self_device_time_total if cuda else e.self_cpu_time_total, e.count) for e in found.key_averages()
-        )
-        seen[name] = {key: (us / 1e3, count) for key, us, count in times}
+        clock = "self_device_time_total" if cuda else "self_cpu_time_total"
+        seen[name] = {e.key: (getattr(e, clock) / 1e3, e.count) for e in found.key_averages()}
     theirs, ours = seen.values()
     keys = sorted(theirs | ours, key=lambda k: -max(theirs.get(k, (0, 0))[0], ours.get(k, (0, 0))[0]))
     print(f"\n{'operator':60s}   hf ms calls   ours ms calls")
@@ -198,9 +196,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = machine()
-    print(
-        f"MAE {options.size} step, batch {options.batch}, {where['device']}, {where['threads']} threads, {where['torch']}"
-    )
+    print(f"MAE {options.size} step, batch {options.batch}, {where['device']}, {where['threads']} threads")
     torch.manual_seed(0)
     theirs, ours = models(options.size, device)
     img = torch.randn(options.batch, 3, 224, 224, device=device)
