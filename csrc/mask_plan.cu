@@ -8,9 +8,8 @@ namespace {
 // One block plans one image: the words of its units stay in registers, kItems per thread, four to a Philox block.
 //
 // The threshold T with exactly keep_units words below it is built bit by bit from the top. A step costs one block sum;
-// the search ends at the first T that separates, after about log2(U) + 3 steps instead of 32, because words are spread
-// out. Only when the boundary words are equal does no T separate; the lowest units among the equal ones then fill the
-// rest.
+// the search ends at the first T that separates, after about log2(U) + 3 steps instead of 32, as words are spread out.
+// Only when the boundary words are equal does no T separate; the lowest units among the equal ones then fill the rest.
 //
 // U <= 256 takes one warp, which needs no block barrier and lets 32 images share a multiprocessor.
 // registers 31 to 40, no spills; shared memory: kThreads * kItems bytes + 4 per warp, at most 8256

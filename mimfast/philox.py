@@ -1,8 +1,8 @@
 """Philox4x32-10, the counter-based generator behind every random decision of the package.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3. A word depends
-on nothing but (seed, stream, epoch, sample id, position): the same image gets the same mask and crop on every device, for
-every batch size, worker count and number of GPUs. csrc/philox.h holds the same addressing for C++ and CUDA:
+on nothing but (seed, stream, epoch, sample id, position): the same image gets the same mask and crop on every device,
+for every batch size, worker count and number of GPUs. csrc/philox.h holds the same addressing for C++ and CUDA:
 
     key     = (seed low 32 bits, seed high 32 bits)
     counter = (stream << 24 | block, epoch low 32 bits, sample id low 32 bits, sample id high 32 bits)

@@ -140,23 +140,22 @@ def linear(train: Tensor, train_label: Tensor, test: Tensor, test_label: Tensor,
     return _accuracy(_fit(train, train_label, classes, best), test, test_label)
 
 
-def _fit(x_ND: Tensor, label: Tensor, classes: int, penalty: float) -> nn.Linear:
-    """Full-batch L-BFGS from zero: the problem is convex and nothing is random."""
-    head = nn.Linear(x_ND.shape[1], classes)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, history_size=10, line_search_fn="strong_wolfe")
+def _fit(x_ND: Tensor, label: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
+    """(weight (K, D), bias (K,)) by full-batch L-BFGS from zero: the problem is convex and nothing is random."""
+    weight_KD = torch.zeros(classes, x_ND.shape[1], requires_grad=True)
+    bias_K = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight_KD, bias_K], max_iter=100, history_size=10, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(head(x_ND), label) + 0.5 * penalty * head.weight.square().sum()
+        loss = F.cross_entropy(x_ND @ weight_KD.T + bias_K, label) + 0.5 * penalty * weight_KD.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return head
+    return weight_KD.detach(), bias_K.detach()
 
 
-@torch.no_grad()
-def _accuracy(head: nn.Linear, x_ND: Tensor, label: Tensor) -> float:
-    return float((head(x_ND).argmax(1) == label).float().mean())
+def _accuracy(head: tuple[Tensor, Tensor], x_ND: Tensor, label: Tensor) -> float:
+    weight_KD, bias_K = head
+    return float(((x_ND @ weight_KD.T + bias_K).argmax(1) == label).float().mean())

@@ -95,43 +95,55 @@ def pretrain(recipe: Recipe, resume: bool = False) -> Outcome:
 
 
 def _pretrain(recipe: Recipe, resume: bool, world: parallel.World, screen: Screen) -> Outcome:
-    _set_threads()
+    if world.device.type == "cpu":
+        _set_threads()
     train, held_out = _open(recipe)
-    batch_size, size = recipe.optim.batch_size, recipe.model.img_size
-    if batch_size % world.size:
+    if recipe.optim.batch_size % world.size:
         raise UserError(
-            f"pretrain: optim.batch_size has {batch_size}, expected a multiple of {world.size} because {world.size} "
-            "processes share it"
+            f"pretrain: optim.batch_size has {recipe.optim.batch_size}, expected a multiple of {world.size} because "
+            f"{world.size} processes share it"
         )
     torch.manual_seed(recipe.train.seed)
     # built before the folder is claimed, so that a network that cannot be built leaves nothing behind
     method = recipes.build(recipe).to(world.device)
     claim, recipe = _claim(recipe, resume, world)
-    optimizer = make_optimizer(method, recipe.optim.betas, recipe.optim.weight_decay)
-    out, steps = Path(str(recipe.run.out)), _steps(recipe, len(train))
-    job = _Job(recipe, world, screen, out, method, optimizer, Meter(world), len(train), steps)
-    if resume:
-        _restore(job)
-    if claim is not None:
-        claim.mark("running", job.step, steps)
+    try:
+        optimizer = make_optimizer(method, recipe.optim.betas, recipe.optim.weight_decay)
+        out, steps = Path(str(recipe.run.out)), _steps(recipe, len(train))
+        job = _Job(recipe, world, screen, out, method, optimizer, Meter(world), len(train), steps)
+        if resume:
+            _restore(job)
+        if claim is not None:
+            claim.mark("running", job.step, steps)
+        return _run(job, claim, train, held_out)
+    finally:
+        if claim is not None:
+            claim.release()
+
+
+def _run(job: _Job, claim: folder.Claim | None, train: Source, held_out: Source) -> Outcome:
+    recipe, world = job.recipe, job.world
     workers = recipe.data.workers if recipe.data.workers is not None else _workers(world)
     crop = CropConfig(recipe.data.crop_scale, recipe.data.crop_ratio, recipe.data.flip)
-    seed = recipe.train.seed
-    with Loader(train, size, batch_size // world.size, seed, job.step, workers, crop, world.rank, world.size) as loader:
+    batch, size, seed = recipe.optim.batch_size // world.size, recipe.model.img_size, recipe.train.seed
+    with Loader(train, size, batch, seed, job.step, workers, crop, world.rank, world.size) as loader:
         _introduce(job, train, held_out)
         with _Stop() as stop:
             _loop(job, loader, stop)
         bad = job.bad(loader)
     if claim is not None:
         _conclude(job, claim, train, held_out, bad)
-        claim.release()
-    return Outcome(out, job.step, steps, stop.signal if job.step < steps else None)
+    return Outcome(job.folder, job.step, job.steps, stop.signal if job.step < job.steps else None)
 
 
 def _set_threads() -> None:
-    # torch counts the cores of the machine, a container may have fewer; many threads on few cores are slower than one
+    # torch counts the cores of the machine, a container may have fewer. Its threads wait for each other many times a
+    # step,
+    # so one that shares its core with a loader thread slows all of them: a core is left free, for any number of
+    # workers,
+    # because the number of threads may change the last bit of a sum
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, int(usable_cpus()) // parallel.local_size()))
+        torch.set_num_threads(max(1, int(usable_cpus()) // parallel.local_size() - 1))
 
 
 def _workers(world: parallel.World) -> int:
