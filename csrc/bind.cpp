@@ -1,12 +1,15 @@
 // The Python module mimfast._core: plain functions on addresses, sizes and a stream handle. The fronts in mimfast/ops
 // check shapes, dtypes and devices. The tests build this file a second time with the kernels emulated, see emulate.h.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <sstream>
 #include <string>
 
 #include "mask_plan.h"
 #include "noop.h"
+#include "pixel_loss.h"
 
 namespace py = pybind11;
 
@@ -53,6 +56,35 @@ mimfast::MaskPlan make_mask_plan(uintptr_t sample_ids, uintptr_t epochs, int64_t
           at<bool>(hidden)};
 }
 
+mimfast::PixelLoss make_pixel_loss(uintptr_t pred, bool pred_bf16, std::array<int64_t, 2> pred_stride, uintptr_t img,
+                                   bool img_uint8, std::array<int64_t, 4> img_stride, uintptr_t map, uintptr_t index,
+                                   int64_t batch, int64_t rows, int32_t grid_rows, int32_t grid_cols, int32_t patch,
+                                   bool norm, int32_t kind, std::array<float, 3> mean, std::array<float, 3> std,
+                                   float eps, float beta, float upstream, uintptr_t loss, uintptr_t grad) {
+  return {at<const void>(pred),
+          pred_bf16,
+          pred_stride,
+          at<const void>(img),
+          img_uint8,
+          img_stride,
+          at<const bool>(map),
+          at<const int64_t>(index),
+          batch,
+          rows,
+          grid_rows,
+          grid_cols,
+          patch,
+          norm,
+          static_cast<mimfast::PixelLossKind>(kind),
+          mean,
+          std,
+          eps,
+          beta,
+          upstream,
+          at<float>(loss),
+          at<void>(grad)};
+}
+
 using release_gil = py::call_guard<py::gil_scoped_release>;
 
 }  // namespace
@@ -76,6 +108,14 @@ PYBIND11_MODULE(_core, m) {
            py::arg("word_mask"), py::arg("keep"), py::arg("inverse"), py::arg("hidden"));
   m.def("mask_plan_cpu", &mimfast::mask_plan_cpu, py::arg("plan"), py::arg("threads"), release_gil());
   m.attr("MASK_PLAN_MAX_UNITS_CUDA") = mimfast::kMaskPlanMaxUnitsCuda;
+
+  py::class_<mimfast::PixelLoss>(m, "PixelLoss", py::module_local(), "One call, as in csrc/pixel_loss.h.")
+      .def(py::init(&make_pixel_loss), py::kw_only(), py::arg("pred"), py::arg("pred_bf16"), py::arg("pred_stride"),
+           py::arg("img"), py::arg("img_uint8"), py::arg("img_stride"), py::arg("map"), py::arg("index"),
+           py::arg("batch"), py::arg("rows"), py::arg("grid_rows"), py::arg("grid_cols"), py::arg("patch"),
+           py::arg("norm"), py::arg("kind"), py::arg("mean"), py::arg("std"), py::arg("eps"), py::arg("beta"),
+           py::arg("upstream"), py::arg("loss"), py::arg("grad"));
+  m.def("pixel_loss_cpu", &mimfast::pixel_loss_cpu, py::arg("call"), py::arg("threads"), release_gil());
 
 #ifdef MIMFAST_CUDA
   m.def(
