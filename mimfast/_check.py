@@ -1,5 +1,6 @@
 """One format for every message about an argument: `op: argument has <found>, expected <wanted> because <reason>`."""
 
+from itertools import pairwise
 from typing import NoReturn
 
 import torch
@@ -36,6 +37,17 @@ def check_same_device(op: str, **tensors: Tensor) -> None:
             fail(
                 op, name, f"device {tensor.device}", str(lead.device), f"{first} is there and nothing is moved silently"
             )
+
+
+def check_indices(op: str, name: str, indices: Tensor, count: int, because: str) -> None:
+    """Raise unless every row of `indices` (rows, any) holds distinct numbers in 0..count-1. Waits for the device."""
+    for row, ordered in enumerate(indices.sort(-1).values.tolist()):
+        bad = next((i for i in ordered if not 0 <= i < count), None)
+        if bad is not None:
+            fail(op, name, f"index {bad} in row {row}", f"0 to {count - 1}", because)
+        twice = next((i for i, j in pairwise(ordered) if i == j), None)
+        if twice is not None:
+            fail(op, name, f"index {twice} twice in row {row}", "distinct indices", because)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -23,14 +23,15 @@ class Case(NamedTuple):
         "plain"  # or "channels_last", "cropped" (a window of a larger image, predictions behind a class token)
     )
     ratio: float = 0.75
+    hidden: str = "map"  # or "compact" (predictions of the hidden patches only, beside their indices)
 
     def __str__(self) -> str:
         norm = "norm" if self.norm else "plain"
         size = f"{self.batch}x{self.height}x{self.width}/{self.patch}"
-        return f"{size}-{self.pred}-{self.img}-{self.kind}-{norm}-{self.layout}"
+        return f"{size}-{self.pred}-{self.img}-{self.kind}-{norm}-{self.layout}-{self.hidden}"
 
 
-# every kind x norm x type of prediction and image on one tiny shape, then layouts, then odd sizes
+# every kind x norm x type of prediction and image on one tiny shape, then layouts, then odd sizes, then compact ones
 CASES = [
     Case(2, 8, 12, 4, pred, img, kind, norm)
     for pred in ("fp32", "bf16", "fp16")
@@ -47,17 +48,32 @@ CASES += [
     Case(1, 4, 6, 2), Case(3, 10, 5, 5), Case(2, 28, 14, 14), Case(1, 32, 16, 16, "fp16"), Case(1, 32, 64, 32),
     Case(2, 8, 12, 4, ratio=1.0), Case(1, 14, 14, 7, ratio=0.0),
 ]  # fmt: skip
+CASES += [
+    Case(2, 8, 12, 4, pred, img, kind, norm, hidden="compact")
+    for pred, img, kind, norm in (
+        ("fp32", "uint8", "mse", True), ("bf16", "fp32", "l1", False), ("fp16", "bf16", "smooth_l1", True),
+    )
+]  # fmt: skip
+CASES += [
+    Case(2, 12, 8, 4, layout="cropped", hidden="compact"), Case(2, 28, 14, 14, "bf16", hidden="compact"),
+    Case(2, 8, 12, 4, ratio=1.0, hidden="compact"), Case(1, 14, 14, 7, ratio=0.0, hidden="compact"),
+    Case(1, 32, 32, 16, "fp32", "fp32", ratio=0.5, hidden="compact"), Case(0, 8, 12, 4),
+    Case(0, 8, 8, 4, hidden="compact"),
+]  # fmt: skip
 BENCH = [Case(b, 224, 224, 16, "bf16", img) for b in (64, 256) for img in ("uint8", "bf16")]
+BENCH += [Case(256, 224, 224, 16, "bf16", "uint8", hidden="compact")]
+BENCH_CPU = [Case(64, 224, 224, 16, "fp32", img, hidden=h) for h in ("map", "compact") for img in ("fp32", "uint8")]
 
 
 def make(case: Case, device: str = "cpu") -> dict[str, Any]:
     """The arguments of pixel_loss for one case: random, `pred` requiring a gradient, as many hidden in every image."""
     L, D = (case.height // case.patch) * (case.width // case.patch), 3 * case.patch**2
-    hidden_BL = torch.rand(case.batch, L).argsort(-1) < round(case.ratio * L)
+    order_BL, M = torch.rand(case.batch, L).argsort(-1), round(case.ratio * L)
+    hidden = order_BL < M if case.hidden == "map" else order_BL.argsort(-1)[:, :M]
     return {
-        "pred": _pred(case, L, D).to(device).requires_grad_(),
+        "pred": _pred(case, hidden.shape[1], D).to(device).requires_grad_(),
         "img": _img(case, device),
-        "hidden": hidden_BL.to(device),
+        "hidden": hidden.to(device),
         "patch": case.patch,
         "norm": case.norm,
         "kind": case.kind,
@@ -65,10 +81,20 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def _pred(case: Case, L: int, D: int) -> Tensor:
+def in_full(args: dict[str, Any]) -> dict[str, Any]:
+    """The same call in the full layout: a map, and predictions scattered to the rows of their patches, else NaN."""
+    pred, index_BM, img, patch = args["pred"].detach(), args["hidden"], args["img"], args["patch"]
+    L = (img.shape[2] // patch) * (img.shape[3] // patch)
+    map_BL = torch.zeros(len(pred), L, dtype=torch.bool, device=pred.device).scatter_(1, index_BM, True)
+    rows_BLD = torch.full((len(pred), L, pred.shape[2]), float("nan"), dtype=pred.dtype, device=pred.device)
+    rows_BLD.scatter_(1, index_BM[..., None].expand_as(pred), pred)
+    return args | {"pred": rows_BLD.requires_grad_(), "hidden": map_BL}
+
+
+def _pred(case: Case, rows: int, D: int) -> Tensor:
     if case.layout != "cropped":
-        return torch.randn(case.batch, L, D).to(DTYPES[case.pred])
-    return torch.randn(case.batch, 1 + L, 2 * D).to(DTYPES[case.pred])[:, 1:, ::2]
+        return torch.randn(case.batch, rows, D).to(DTYPES[case.pred])
+    return torch.randn(case.batch, 1 + rows, 2 * D).to(DTYPES[case.pred])[:, 1:, ::2]
 
 
 def _img(case: Case, device: str) -> Tensor:
