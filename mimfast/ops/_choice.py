@@ -15,7 +15,7 @@ import torch
 from mimfast import _native
 from mimfast._check import fail
 
-Impl = Literal["auto", "ref", "triton", "cuda", "cpu"]
+Impl = Literal["auto", "ref", "triton", "cuda", "cpu", "sdpa"]
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
