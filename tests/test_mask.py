@@ -117,7 +117,7 @@ def test_guided_prefers_what_is_important() -> None:
     assert_consistent(mask.check())
     assert mask.visible == 9
     assert (mask.keep < 9).float().mean() > 0.6
-    with pytest.raises(UserError, match="mask_guided: importance has -20.0"):
+    with pytest.raises(UserError, match=r"mask_guided: importance has -20\.0"):
         Mask.guided(-importance, (6, 6), 0.75, checked=True)
 
 
@@ -129,7 +129,7 @@ def test_tube_of_videomae() -> None:
     assert torch.equal(mask.keep[:, :20], flat.keep)
     assert torch.equal(mask.keep[:, 20:40], flat.keep + 196)
     assert mask.check() is mask
-    with pytest.raises(UserError, match="Mask.tube: frames has 8 in the mask, expected 1"):
+    with pytest.raises(UserError, match=r"Mask\.tube: frames has 8 in the mask, expected 1"):
         mask.tube(2)
 
 
