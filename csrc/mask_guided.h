@@ -41,8 +41,9 @@ MIMFAST_HOST_DEVICE uint32_t unit_key(const MaskPlan& plan, int64_t b, int64_t u
   const float importance = plan.importance[b * units + u];
   uint32_t bits = kInfinity;
   if (importance > 0) {
-    // one division and one rounding: nothing for a compiler to contract or reorder
-    const float arrival = static_cast<float>(static_cast<double>(minus_log2(word)) / static_cast<double>(importance));
+    // exact up to the division: nothing for a compiler to contract or reorder
+    const double time = static_cast<double>(minus_log2(word)) * 0x1p-33;
+    const float arrival = static_cast<float>(time / static_cast<double>(importance));
     std::memcpy(&bits, &arrival, sizeof(bits));
   }
   return bits < kInfinity ? bits : kInfinity | word >> 9;

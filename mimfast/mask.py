@@ -26,8 +26,8 @@ class Mask:
     """Views of one mask over a grid of tokens in row-major order, slice after slice for a video.
 
     Every image keeps the same number of tokens, or `cu_seqlens` is set and the two lists hold the images one after the
-    other. Where the device alone knows the counts (`blockwise` with exact=False, `tube` with a length), the lists have fixed
-    capacities, and -1 stands behind the last image.
+    other. Where the device alone knows the counts (`blockwise` with exact=False, `tube` with a length), the lists have
+    fixed capacities, and -1 stands behind the last image.
 
     Attributes:
         keep: (B, K) int64, indices of the visible tokens, ascending in each image; (T,) when packed.
@@ -35,7 +35,7 @@ class Mask:
         hidden: (B, L) bool, True = hidden from the encoder.
         grid: (rows, columns) of one slice, with frames * rows * columns = L.
         hide: (B, M) int64, indices of the hidden tokens, ascending in each image; (N,) when packed.
-        cu_seqlens: None, or (B + 1) int32: where the visible tokens of each image begin in `keep`, and where the last end.
+        cu_seqlens: None, or (B + 1) int32: where the visible tokens of each image begin in `keep`, and the end.
         frames: slices of a video; 1 for images.
     """
 
@@ -72,8 +72,8 @@ class Mask:
                 another mask and `torch.manual_seed` repeats them.
             seed: of the run.
             epoch: an int or (B,) int64.
-            rounding: of U units, "keep_floor" keeps int(U (1 - ratio)) (MAE); "hide_floor" hides int(U ratio) (VideoMAE),
-                "hide_ceil" ceil(U ratio) (SimMIM), "hide_round" round(U ratio) (MaskFeat).
+            rounding: of U units, "keep_floor" keeps int(U (1 - ratio)) (MAE); "hide_floor" hides int(U ratio)
+                (VideoMAE), "hide_ceil" ceil(U ratio) (SimMIM), "hide_round" round(U ratio) (MaskFeat).
             device: of the result.
         """
         sample_ids = _ids(batch, device) if sample_ids is None else sample_ids
@@ -142,7 +142,7 @@ class Mask:
         epoch: int | Tensor = 0,
         device: torch.device | str | None = None,
     ) -> Mask:
-        """Hide `count` tokens in random rectangles (BEiT v2), or at most `count` with exact=False (BEiT, EVA, MaskFeat).
+        """Hide `count` tokens in random rectangles (BEiT v2), or at most `count` with exact=False (BEiT, EVA).
 
         For the arguments see `mimfast.ops.mask_blockwise`; sample_ids as in `random`.
         """
@@ -170,8 +170,9 @@ class Mask:
             grid: (rows, columns); None means square.
             ragged: rows may hide different numbers of tokens; the mask is packed.
             visible: K, when it is known. Otherwise it is read from the device, once.
-            checked: hold every row against the first one, or against visible; reads the counts back to the host. With False,
-                rows that differ are cut or filled up with -1, and nothing waits for the device if visible is given.
+            checked: hold every row against the first one, or against visible; reads the counts back to the host. With
+                False, rows that differ are cut or filled up with -1, and nothing waits for the device if visible is
+                given.
         Raises:
             UserError: another dtype or shape; rows that hide different numbers of tokens, or all, if checked.
         """
@@ -199,8 +200,8 @@ class Mask:
         Args:
             keep: (B, K) int64, distinct indices below rows * columns.
             grid: (rows, columns).
-            checked: raise when an index is out of range or occurs twice; waits for the device. Without it such an index is
-                left out, and the list of its image ends in -1.
+            checked: raise when an index is out of range or occurs twice; waits for the device. Without it such an index
+                is left out, and the list of its image ends in -1.
         """
         op, tokens = "Mask.from_keep", grid[0] * grid[1]
         check_shape(op, "keep", keep, (None, None), "each image has one row of indices")
@@ -276,8 +277,8 @@ class Mask:
     def to(self, device: torch.device | str) -> Mask:
         """The same mask on another device."""
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        views = (t.to(device) for t in (self.keep, self.inverse, self.hidden))
-        return Mask(*views, self.grid, self.hide.to(device), cu_seqlens, self.frames)
+        keep, inverse, hidden, hide = (t.to(device) for t in (self.keep, self.inverse, self.hidden, self.hide))
+        return Mask(keep, inverse, hidden, self.grid, hide, cu_seqlens, self.frames)
 
     def check(self) -> Mask:
         """Return self, or raise UserError when the views are not those of one mask. Waits for the device."""

@@ -25,12 +25,13 @@ SAMPLES = "Tensor sample_ids, Tensor? epochs, SymInt epoch"  # how every schema 
 class MaskPlan(NamedTuple):
     """Lists and maps of one mask per sample. Indices ascend within a sample.
 
+    inverse: (B, L) int64, a permutation of each row: kept tokens hold 0 .. K_b - 1, hidden ones K_b .. L - 1, both
+        ascending (the ids_restore of MAE).
+    hidden: (B, L) bool, True = hidden from the encoder.
     Equal counts: keep (B, K) int64, hide (B, M) int64, cu_seqlens None.
-    Differing counts: keep (T,) and hide (N,) int64 hold the samples one after the other and cu_seqlens (B + 1) int32 says
-    where the kept tokens of each begin; the hidden ones of sample b begin at b * L - cu_seqlens[b]. Where the counts are
-    known only on the device, T and N are capacities, and -1 stands behind the last sample's tokens.
-    Always: inverse (B, L) int64, a permutation of each row: kept tokens hold 0 .. K_b - 1, hidden ones K_b .. L - 1, both
-    ascending (the ids_restore of MAE); hidden (B, L) bool, True = hidden from the encoder.
+    Differing counts: keep (T,) and hide (N,) int64 hold the samples one after the other and cu_seqlens (B + 1) int32
+        says where the kept tokens of each begin; the hidden ones of sample b begin at b * L - cu_seqlens[b]. Where the
+        counts are known only on the device, T and N are capacities, and -1 stands behind the last sample's tokens.
     """
 
     keep: Tensor
@@ -41,7 +42,7 @@ class MaskPlan(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How much to keep: `units` of every sample, or by `cu_seqlens` (B + 1) int32 in tokens. `total` is K, or T if packed."""
+    """How much to keep: `units` of every sample, or by `cu_seqlens` (B + 1) int32 in tokens. `total` is K, or T."""
 
     units: int
     cu_seqlens: Tensor | None
@@ -49,10 +50,10 @@ class Counts(NamedTuple):
 
 
 def lists_ref(hidden_BL: Tensor, visible: int | None, most_hidden: int) -> MaskPlan:
-    """The lists of a map in traceable torch. visible: K, kept by every row; None: the rows differ and the lists are packed.
+    """The lists of a map in traceable torch. visible: K, kept by every row; None: the rows differ, pack the lists.
 
-    A row that keeps another number than `visible` has its lists cut, or filled up with -1. Packed lists have the capacities
-    B * L and B * most_hidden; slots behind the last sample hold -1.
+    A row that keeps another number than `visible` has its lists cut, or filled up with -1. Packed lists have the
+    capacities B * L and B * most_hidden; slots behind the last sample hold -1.
     """
     B, tokens = hidden_BL.shape
     kept_rank_BL = (~hidden_BL).cumsum(1) - 1
@@ -166,12 +167,12 @@ def counts_of(
     bounds = [0]
     for one in ratio:
         bounds.append(bounds[-1] + count_kept(op, units, one, rounding) * area)
+    if torch.compiler.is_compiling():  # a constant of the graph
+        return Counts(0, torch.tensor(bounds, dtype=torch.int32, device=device), bounds[-1])
     return Counts(0, _on_device(tuple(bounds), device), bounds[-1])
 
 
-@lru_cache(
-    maxsize=64
-)  # the copy to the device is not allowed inside a CUDA-graph capture; after a first call it is here
+@lru_cache(maxsize=64)  # a CUDA-graph capture may not copy from the host; after a first call the bounds are there
 def _on_device(bounds: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(bounds, dtype=torch.int32, device=device)
 

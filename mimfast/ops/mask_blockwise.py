@@ -1,14 +1,16 @@
 """Block-wise masking: random rectangles hide a share of the grid. A pure function of (seed, epoch, sample id).
 
-Bao et al., "BEiT: BERT pre-training of image transformers", arXiv:2106.08254, algorithm 1; with exact=True the count is forced as
-in the code of BEiT v2 (arXiv:2208.06366). One round makes up to ten tries to place a rectangle, with `room` cells still to hide:
+Bao et al., "BEiT: BERT pre-training of image transformers", arXiv:2106.08254, algorithm 1; with exact=True the count is
+forced as in the code of BEiT v2 (arXiv:2208.06366). One round makes up to ten tries to place a rectangle, with `room`
+cells still to hide:
 
     area ~ U(min_block, room), log(height / width) ~ U(log aspect bounds), sides rounded from sqrt(area * aspect) and
-    sqrt(area / aspect), both strictly smaller than the grid, top and left uniform; taken if it adds 1 .. room hidden cells.
+    sqrt(area / aspect), both strictly smaller than the grid, top and left uniform; taken if it adds 1 .. room cells.
 
-The first try that is taken ends the round; a round without one ends the mask, and so does room = 0. Hence at most `count` cells
-are hidden, often fewer. exact=True then hides the missing cells one by one, at random. Try t of round k reads words
-4 * (10 k + t) .. + 3 of the block stream (area, aspect, top, left), cell u of the filling word u of the mask stream.
+The first try that is taken ends the round; a round without one ends the mask, and so does room = 0. Hence at most
+`count` cells are hidden, often fewer. exact=True then hides the missing cells one by one, at random. Try t of round k
+reads words 4 * (10 k + t) .. + 3 of the block stream (area, aspect, top, left), cell u of the filling word u of the
+mask stream.
 
 All of it is integer arithmetic (area in 12, aspect in 20 fractional bits) but for one exact square root, so that every
 implementation gives the same bits.
@@ -61,7 +63,7 @@ def mask_blockwise_ref(
     exact: bool,
     seed: int,
 ) -> Tensor:
-    """The specification, in torch for any device: all samples and all tries of a round at once. Returns hidden (B, H, W)."""
+    """The specification, in torch for any device: all samples and tries of a round at once. Returns (B, H, W)."""
     B, device = len(sample_ids_B), sample_ids_B.device
     y_H1, x_W = torch.arange(rows, device=device)[:, None], torch.arange(cols, device=device)
     hidden_BHW = torch.zeros(B, rows, cols, dtype=torch.bool, device=device)
@@ -126,11 +128,11 @@ def mask_blockwise(
         min_block: least area of a rectangle, at most count.
         aspect: bounds of height / width, within 1/16 to 16.
         frames: T slices of a video that share the mask; L = T * rows * cols, slice after slice.
-        tube: (low, high): only a tube of low to high consecutive slices is masked, around the end (BEVT: (4, 8) of 8). The
-            counts then differ unless low = high and exact.
+        tube: (low, high): only a tube of low to high consecutive slices is masked, around the end (BEVT: (4, 8) of 8).
+            The counts then differ unless low = high and exact.
         sample_ids, seed, epoch, device: as in mask_plan.
-        impl: "auto", "ref", "cpu" (native, CPU tensors) or "cuda" (maps of at most 2048 words of 32 columns). The reference
-            makes `count` rounds on a GPU, where it may not look whether all samples are done: slow.
+        impl: "auto", "ref", "cpu" (native, CPU tensors) or "cuda" (maps of at most 2048 words of 32 columns). The
+            reference makes `count` rounds on a GPU, where it may not look whether all samples are done: slow.
     Returns:
         MaskPlan.
     Raises:
@@ -196,8 +198,8 @@ def _why_not(device: str, rows: int, cols: int, impl: str) -> str | None:
 # contract: one schema and one fake; "ref" runs inside it too, because its number of rounds is data
 torch.library.define(
     "mimfast::mask_blockwise",
-    f"({_masks.SAMPLES}, int rows, int cols, int count, int min_block, int log_low, int log_high, bool exact, SymInt seed,"
-    " str impl) -> Tensor",
+    f"({_masks.SAMPLES}, int rows, int cols, int count, int min_block, int log_low, int log_high, bool exact,"
+    " SymInt seed, str impl) -> Tensor",
 )
 
 
@@ -223,8 +225,8 @@ def run_native(
     """Fill `hidden` (B, L) with a native core: mimfast._core, or the emulated one in tests."""
     sample_ids, epochs = sample_ids.contiguous(), None if epochs is None else epochs.contiguous()
     call = core.MaskBlockwise(
-        sample_ids=address(sample_ids), epochs=address(epochs), epoch=epoch, batch=len(sample_ids), rows=rows, cols=cols,
-        count=count, min_block=min_block, log_low=log_low, log_high=log_high, exact=exact, seed=seed & (1 << 64) - 1,
-        hidden=address(hidden),
+        sample_ids=address(sample_ids), epochs=address(epochs), epoch=epoch, batch=len(sample_ids), rows=rows,
+        cols=cols, count=count, min_block=min_block, log_low=log_low, log_high=log_high, exact=exact,
+        seed=seed & (1 << 64) - 1, hidden=address(hidden),
     )  # fmt: skip
     _masks.launch(core, "mask_blockwise", impl, call, sample_ids.device)

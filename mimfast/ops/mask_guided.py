@@ -1,15 +1,17 @@
-"""Guided masking: keep units at random, the important ones more often. A pure function of (importance, seed, epoch, sample id).
+"""Guided masking: keep units at random, the important ones more often; a function of (importance, seed, epoch, sample).
 
-Hou et al., "MILAN: masked image pretraining on language assisted representation", arXiv:2208.06049, section 3.3: K units drawn
-without replacement with probabilities proportional to importance a (there: attention of the class token to each patch).
+Hou et al., "MILAN: masked image pretraining on language assisted representation", arXiv:2208.06049, section 3.3: K
+units drawn without replacement with probabilities proportional to importance a (there: attention of the class token to
+each patch).
 
-Drawn here as a race (Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006): unit u arrives at the time
-E_u = -log2(v_u) / a_u with v_u = (word_u + 1/2) / 2^32, word u of the mask stream, and the first K are kept. The order of the
-units is that of log a_u + Gumbel noise, so the law is that of torch.multinomial(a, K, replacement=False).
+Drawn here as a race (Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006): unit u arrives at the
+time E_u = -log2(v_u) / a_u with v_u = (word_u + 1/2) / 2^32, word u of the mask stream, and the first K are kept. The
+order of the units is that of log a_u + Gumbel noise, so the law is that of torch.multinomial(a, K, replacement=False).
 
-Every implementation gives the same bits: -log2 is integer arithmetic in 33 fractional bits (relative error below 2e-7), the
-quotient is one IEEE division in fp64 rounded to fp32, and the bits of that float are the key; equal keys go to the lower unit.
-Units without importance (a = 0, negative, NaN, or so small that E overflows fp32) arrive last, in the order of their words.
+Every implementation gives the same bits: -log2 is integer arithmetic in 33 fractional bits (relative error below 2e-7),
+the quotient is one IEEE division in fp64 rounded to fp32, and the bits of that float are the key; equal keys go to the
+lower unit. Units without importance (a = 0, negative, NaN, or so small that E overflows fp32) arrive last, in the order
+of their words.
 
 B samples, U mask units, L tokens, K kept tokens, T kept tokens of all samples.
 """
@@ -38,7 +40,7 @@ INFINITY_BITS = 0x7F800000
 
 
 def minus_log2(word: Tensor) -> Tensor:
-    """-log2((word + 1/2) / 2^32) times 2^33, rounded down but at least 1; int64 in, int64 out, the same on every machine."""
+    """-log2((word + 1/2) / 2^32) times 2^33, at least 1; int64 in, int64 out, the same on every machine."""
     zeros, shifted = (word == 0).long(), word
     for step in (16, 8, 4, 2, 1):  # leading zeros of 32 bits
         small = shifted < 1 << 32 - step
@@ -65,7 +67,8 @@ def mask_guided_ref(
 ) -> MaskPlan:
     """The specification, in traceable torch for any device."""
     word_BU = words(seed, STREAM_MASK, epoch, sample_ids_B, importance_BU.shape[1]) & word_mask
-    arrival_BU = (minus_log2(word_BU).double() / importance_BU.double()).float()
+    time_BU = minus_log2(word_BU).double() * 2.0**-33  # exact
+    arrival_BU = (time_BU / importance_BU.double()).float()
     bits_BU = torch.where(importance_BU > 0, arrival_BU, torch.inf).view(torch.int32).long()
     key_BU = torch.where(bits_BU < INFINITY_BITS, bits_BU, INFINITY_BITS | word_BU >> 9)
     return select_ref(key_BU, rows, cols, unit, counts)
@@ -87,15 +90,15 @@ def mask_guided(
     """Draw one mask per sample that prefers to show what is important. Bit-identical for every impl and device.
 
     Args:
-        importance: (B, U) floating point, one weight >= 0 per mask unit in row-major order; rows need not sum to 1. Read as
-            fp32, without gradient. Zero weights are kept last.
+        importance: (B, U) floating point, one weight >= 0 per mask unit in row-major order; rows need not sum to 1.
+            Read as fp32, without gradient. Zero weights are kept last.
         grid: (rows, cols) in tokens; L = rows * cols.
         ratio: share of hidden units, or one for each sample; as in mask_plan.
         unit: side of a square mask unit in tokens. U = L / unit^2.
         sample_ids: (B,) int64 on the device of importance; None stands for 0 .. B - 1.
         seed, epoch, rounding: as in mask_plan.
-        checked: raise when a weight is negative or not finite; waits for the device. Without it such a weight counts as zero
-            (plus infinity: kept first).
+        checked: raise when a weight is negative or not finite; waits for the device. Without it such a weight counts as
+            zero (plus infinity: kept first).
         impl: "auto", "ref", "cpu" (native, CPU tensors) or "cuda" (at most 8192 units).
     Returns:
         MaskPlan.
@@ -119,10 +122,10 @@ def mask_guided(
     if chosen == "ref":
         return mask_guided_ref(importance_BU, sample_ids, epoch, rows, cols, unit, counts, seed)
     epochs, epoch = _masks.split_epoch(epoch)
-    lists = torch.ops.mimfast.mask_guided(
+    keep, inverse, hidden, hide = torch.ops.mimfast.mask_guided(
         importance_BU, sample_ids, epochs, epoch, rows, cols, unit, *counts, _masks.signed(seed), chosen
     )
-    return MaskPlan(*lists, counts.cu_seqlens)
+    return MaskPlan(keep, inverse, hidden, hide, counts.cu_seqlens)
 
 
 def _check_weights(importance_BU: Tensor) -> None:
@@ -136,8 +139,8 @@ def _check_weights(importance_BU: Tensor) -> None:
 # contract: one schema and one fake; integers have no gradient, so there is no autograd
 torch.library.define(
     "mimfast::mask_guided",
-    f"(Tensor importance, {_masks.SAMPLES}, int rows, int cols, int unit, int keep_units, Tensor? cu_seqlens, int total,"
-    " SymInt seed, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor importance, {_masks.SAMPLES}, int rows, int cols, int unit, int keep_units, Tensor? cu_seqlens,"
+    " int total, SymInt seed, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 

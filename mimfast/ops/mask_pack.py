@@ -1,8 +1,8 @@
 """The index lists of a given mask: from a map of hidden tokens to what gathers, unshuffles and varlen attention read.
 
-For one sample with the map h: keep = the tokens with h false, ascending; hide = those with h true, ascending; inverse[l] = the
-place of token l in [keep | hide]. Samples that keep different numbers of tokens are packed one after the other, without
-waiting for the device: the lists then have fixed capacities and the bounds are data (cu_seqlens).
+For one sample with the map h: keep = the tokens with h false, ascending; hide = those with h true, ascending;
+inverse[l] = the place of token l in [keep | hide]. Samples that keep different numbers of tokens are packed one after
+the other, without waiting for the device: the lists then have fixed capacities and the bounds are data (cu_seqlens).
 
 B samples, L tokens, K kept tokens.
 """
@@ -40,11 +40,11 @@ def mask_pack(
 
     Args:
         hidden: (B, L) bool, True = hidden from the encoder.
-        visible: K, when every sample keeps that many: keep (B, K) and hide (B, L - K). None: they may differ, and the lists
-            are packed: keep (B * L,), hide (B * most_hidden,), cu_seqlens (B + 1) int32 (see MaskPlan).
+        visible: K, when every sample keeps that many: keep (B, K) and hide (B, L - K). None: they may differ, and the
+            lists are packed: keep (B * L,), hide (B * most_hidden,), cu_seqlens (B + 1) int32 (see MaskPlan).
         most_hidden: no sample hides more; sets the capacity of the packed `hide`. L by default.
-        checked: raise when a sample breaks the promise of visible or most_hidden; waits for the device. Without it too long a
-            list is cut, and too short a row is filled up with -1.
+        checked: raise when a sample breaks the promise of visible or most_hidden; waits for the device. Without it too
+            long a list is cut, and too short a row is filled up with -1.
         impl: "auto", "ref", "cpu" (native, CPU tensors) or "cuda".
     Returns:
         MaskPlan; its `hidden` is the argument itself.
@@ -109,7 +109,7 @@ def _run(hidden, visible, most_hidden, impl):
 
 
 def run_native(core, impl, hidden, visible, most_hidden, lists) -> None:
-    """Fill `lists` (keep, inverse, hide, cu_seqlens) with a native core: mimfast._core, or the emulated one in tests."""
+    """Fill `lists` (keep, inverse, hide, cu_seqlens) with mimfast._core, or the emulated core in tests."""
     hidden = hidden.contiguous()
     keep, inverse, hide, cu_seqlens = lists
     if len(hidden) == 0:  # no block runs that could write the first bound
@@ -117,6 +117,7 @@ def run_native(core, impl, hidden, visible, most_hidden, lists) -> None:
     kept = torch.empty(len(hidden), dtype=torch.int32, device=hidden.device) if visible < 0 else None
     call = core.MaskPack(
         hidden=address(hidden), batch=hidden.shape[0], tokens=hidden.shape[1], visible=visible, most_hidden=most_hidden,
-        kept=address(kept), keep=address(keep), inverse=address(inverse), hide=address(hide), cu_seqlens=address(cu_seqlens),
+        kept=address(kept), keep=address(keep), inverse=address(inverse), hide=address(hide),
+        cu_seqlens=address(cu_seqlens),
     )  # fmt: skip
     _masks.launch(core, "mask_pack", impl, call, hidden.device)

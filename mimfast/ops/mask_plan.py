@@ -1,12 +1,13 @@
 """Random masking as a pure function of (seed, epoch, sample id): which tokens each image shows to the encoder.
 
-He et al., "Masked autoencoders are scalable vision learners", arXiv:2111.06377, section 3 and algorithm of random masking;
-Xie et al., "SimMIM", arXiv:2111.09886, section 3.2 for mask units larger than a token and for rounding the hidden count up;
-Wei et al., "MaskFeat", arXiv:2112.09133, and Tong et al., "VideoMAE", arXiv:2203.12602, for the other two roundings.
+He et al., "Masked autoencoders are scalable vision learners", arXiv:2111.06377, section 3 and algorithm of random
+masking; Xie et al., "SimMIM", arXiv:2111.09886, section 3.2 for mask units larger than a token and for rounding the
+hidden count up; Wei et al., "MaskFeat", arXiv:2112.09133, and Tong et al., "VideoMAE", arXiv:2203.12602, for the other
+two roundings.
 
-The tokens form a grid of rows x cols, cut into square mask units of unit x unit tokens. Unit u of a sample draws word u of the
-mask stream (mimfast/philox.py); the units with the smallest (word, u) are kept. Official code keeps the units of smallest
-uniform noise, so the law of the mask is the same; here it does not depend on batch size, workers or device.
+The tokens form a grid of rows x cols, cut into square mask units of unit x unit tokens. Unit u of a sample draws word u
+of the mask stream (mimfast/philox.py); the units with the smallest (word, u) are kept. Official code keeps the units of
+smallest uniform noise, so the law of the mask is the same; here it does not depend on batch size, workers or device.
 
 B samples, U mask units, L tokens, K kept tokens, T kept tokens of all samples.
 """
@@ -39,7 +40,7 @@ def mask_plan_ref(
     seed: int,
     word_mask: int = ALL_BITS,
 ) -> MaskPlan:
-    """The specification, in traceable torch for any device. Words are taken & word_mask: tests force ties with few bits."""
+    """The specification, in traceable torch for any device. Tests force ties with few bits in word_mask."""
     units = (rows // unit) * (cols // unit)
     word_BU = words(seed, STREAM_MASK, epoch, sample_ids_B, units) & word_mask
     return select_ref(word_BU, rows, cols, unit, counts)
@@ -63,20 +64,22 @@ def mask_plan(
     Args:
         batch: B.
         grid: (rows, cols) in tokens; L = rows * cols.
-        ratio: share of hidden units, in [0, 1); or one for each sample, and then the lists are packed (see MaskPlan) with
-            exact sizes. The ratios are host numbers: under CUDA graphs they are baked in, and the capture needs one call before.
+        ratio: share of hidden units, in [0, 1); or one for each sample, and then the lists are packed (see MaskPlan)
+            with exact sizes. The ratios are host numbers: under CUDA graphs they are baked in, and the capture needs
+            one call before.
         unit: side of a square mask unit in tokens; divides rows and cols. U = L / unit^2.
         sample_ids: (B,) int64, all 64 bits count; None stands for 0 .. B - 1.
         seed: int in [0, 2^64).
-        epoch: int, or (B,) int64 on the device of sample_ids; the low 32 bits count. Under CUDA graphs an int is baked in.
-        rounding: "keep_floor" keeps int(U * (1 - ratio)) units (MAE); "hide_floor" hides int(U * ratio) (VideoMAE, MixMIM),
-            "hide_ceil" ceil(U * ratio) (SimMIM), "hide_round" round(U * ratio) (MaskFeat).
+        epoch: int, or (B,) int64 on the device of sample_ids; the low 32 bits count. A CUDA graph bakes an int in.
+        rounding: "keep_floor" keeps int(U * (1 - ratio)) units (MAE); "hide_floor" hides int(U * ratio) (VideoMAE,
+            MixMIM), "hide_ceil" ceil(U * ratio) (SimMIM), "hide_round" round(U * ratio) (MaskFeat).
         device: where the plan is made; that of sample_ids by default.
         impl: "auto", "ref", "cpu" (native, CPU tensors) or "cuda" (at most 8192 units).
     Returns:
         MaskPlan.
     Raises:
-        UserError: a ratio outside [0, 1), no visible token, a unit that does not divide the grid, wrong sample_ids, epoch or seed.
+        UserError: a ratio outside [0, 1), no visible token, a unit that does not divide the grid, sample_ids, epoch or
+            seed of the wrong kind, an impl that cannot take the call.
     """
     rows, cols = _masks.check_grid("mask_plan", grid, unit)
     check_seed("mask_plan", seed)
@@ -89,10 +92,10 @@ def mask_plan(
     if chosen == "ref":
         return mask_plan_ref(sample_ids, epoch, rows, cols, unit, counts, seed)
     epochs, epoch = _masks.split_epoch(epoch)
-    lists = torch.ops.mimfast.mask_plan(
+    keep, inverse, hidden, hide = torch.ops.mimfast.mask_plan(
         sample_ids, epochs, epoch, rows, cols, unit, *counts, _masks.signed(seed), chosen
     )
-    return MaskPlan(*lists, counts.cu_seqlens)
+    return MaskPlan(keep, inverse, hidden, hide, counts.cu_seqlens)
 
 
 def _why_not(device: str, units: int, impl: str) -> str | None:
@@ -104,8 +107,9 @@ def _why_not(device: str, units: int, impl: str) -> str | None:
 # contract: one schema and one fake; integers have no gradient, so there is no autograd
 torch.library.define(
     "mimfast::mask_plan",
-    f"({_masks.SAMPLES}, int rows, int cols, int unit, int keep_units, Tensor? cu_seqlens, int total, SymInt seed, str impl)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    # SymInt: under torch.compile a new epoch or seed is no reason to compile again
+    f"({_masks.SAMPLES}, int rows, int cols, int unit, int keep_units, Tensor? cu_seqlens, int total, SymInt seed,"
+    " str impl) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 

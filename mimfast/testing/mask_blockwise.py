@@ -8,7 +8,7 @@ import torch
 class Case(NamedTuple):
     batch: int
     grid: tuple[int, int]
-    count: int
+    most: int  # the argument `count`
     exact: bool = True
     min_block: int = 16
     aspect: tuple[float, float] = (0.3, 1 / 0.3)
@@ -18,10 +18,10 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         rule = "exact" if self.exact else "ragged"
         video = f"-{self.frames}slices{self.tube or ''}" if self.frames > 1 else ""
-        return f"{self.batch}x{self.grid[0]}x{self.grid[1]}-{self.count}-{rule}-least{self.min_block}{video}"
+        return f"{self.batch}x{self.grid[0]}x{self.grid[1]}-{self.most}-{rule}-least{self.min_block}{video}"
 
 
-# BEiT v2 and v1; EVA; MaskFeat; BEVT's tube; a grid with several words per row; rectangles that never fit; long and thin
+# BEiT v2 and v1; EVA; MaskFeat; BEVT's tubes; several words per row; rectangles that never fit; thin; no sample
 CASES = [
     Case(5, (14, 14), 75),
     Case(5, (14, 14), 75, False),
@@ -46,4 +46,5 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
     """The arguments of mask_blockwise for one case."""
     ids = torch.randint(2**62, (case.batch,), device=device)
     epochs = torch.randint(1000, (case.batch,), device=device)
-    return case._asdict() | {"sample_ids": ids, "epoch": epochs, "seed": 2**64 - 59}
+    args = case._asdict()
+    return args | {"count": args.pop("most"), "sample_ids": ids, "epoch": epochs, "seed": 2**64 - 59}

@@ -35,7 +35,7 @@ BENCH = [Case(b, (14, 14), 0.75) for b in (64, 256)] + [Case(256, (32, 32), 0.75
 
 
 def weights(kind: str, batch: int, units: int) -> torch.Tensor:
-    """attention: softmax of normal logits; equal; wide: 60 orders of magnitude; zeros: most are; odd: every special float."""
+    """attention: softmax of normal logits; wide: 60 orders of magnitude; zeros: most are; odd: every special float."""
     normal = torch.randn(batch, units)
     if kind == "equal":
         return torch.full((batch, units), 0.25)

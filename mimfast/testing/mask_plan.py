@@ -23,8 +23,9 @@ class Case(NamedTuple):
         return f"{self.batch}x{self.grid[0]}x{self.grid[1]}-{ratio}-unit{self.unit}{rule}"
 
 
-# MAE at 224 px; SimMIM's 32 px units on 4 px tokens of 192 px; one token; nothing hidden; all but one hidden; odd sizes; more
-# than a warp's, a block's and the largest block's first chunk of units; VideoMAE's and MaskFeat's rounding; ratios per sample
+# MAE at 224 px; SimMIM's 32 px units on 4 px tokens of 192 px; one token; nothing hidden; all but one hidden; odd
+# sizes; more than a warp's, a block's and the largest block's first chunk of units; VideoMAE's and MaskFeat's rounding;
+# ratios per sample
 CASES = [
     Case(5, (14, 14), 0.75),
     Case(3, (48, 48), 0.6, 8, "hide_ceil"),
@@ -65,7 +66,8 @@ def assert_same(found: Any, wanted: Any) -> None:
         if b is None:
             assert a is None, f"{name} is not None"
         else:
-            assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b), f"{name} differs"
+            assert a.dtype == b.dtype, f"{name} has {a.dtype}, expected {b.dtype}"
+            assert torch.equal(a, b), f"{name} differs"
 
 
 def garbage(tensors: Any) -> list[Tensor]:
@@ -74,7 +76,7 @@ def garbage(tensors: Any) -> list[Tensor]:
 
 
 def native_core(impl: str, device: str) -> tuple[ModuleType, str]:
-    """The core that has `impl` ("emulated" is the CUDA code on the CPU) and its name there; skips the test if it cannot run."""
+    """The core that has `impl` ("emulated": the CUDA code on the CPU) and its name there; skips where it cannot run."""
     import pytest
 
     if impl == "emulated":
