@@ -13,11 +13,8 @@
 #include "mask_pack.h"
 #include "mask_plan.h"
 #include "noop.h"
-<<<<<<< HEAD
 #include "patch_gather.h"
-=======
 #include "pixel_loss.h"
->>>>>>> loss
 
 namespace py = pybind11;
 
@@ -102,7 +99,6 @@ mimfast::MaskBlockwise make_mask_blockwise(uintptr_t sample_ids, uintptr_t epoch
           at<bool>(hidden)};
 }
 
-<<<<<<< HEAD
 mimfast::PixelType pixel_type(const std::string& name) {
   if (name == "uint8") return mimfast::PixelType::kUint8;
   if (name == "float32") return mimfast::PixelType::kFloat32;
@@ -132,7 +128,8 @@ mimfast::PatchGather make_patch_gather(uintptr_t img, const std::string& img_typ
           std,
           at<void>(out),
           pixel_type(out_type)};
-=======
+}
+
 mimfast::PixelLoss make_pixel_loss(uintptr_t pred, bool pred_bf16, std::array<int64_t, 2> pred_stride, uintptr_t img,
                                    bool img_uint8, std::array<int64_t, 4> img_stride, uintptr_t map, uintptr_t index,
                                    int64_t batch, int64_t rows, int32_t grid_rows, int32_t grid_cols, int32_t patch,
@@ -160,7 +157,6 @@ mimfast::PixelLoss make_pixel_loss(uintptr_t pred, bool pred_bf16, std::array<in
           upstream,
           at<float>(loss),
           at<void>(grad)};
->>>>>>> loss
 }
 
 using release_gil = py::call_guard<py::gil_scoped_release>;
@@ -201,14 +197,12 @@ PYBIND11_MODULE(_core, m) {
   m.def("mask_blockwise_cpu", &mimfast::mask_blockwise_cpu, py::arg("call"), py::arg("threads"), release_gil());
   m.attr("MASK_PLAN_MAX_UNITS_CUDA") = mimfast::kMaskPlanMaxUnitsCuda;
 
-<<<<<<< HEAD
   py::class_<mimfast::PatchGather>(m, "PatchGather", py::module_local(), "One call, as in csrc/patch_gather.h.")
       .def(py::init(&make_patch_gather), py::kw_only(), py::arg("img"), py::arg("img_type"), py::arg("stride"),
            py::arg("batch"), py::arg("grid_rows"), py::arg("grid_cols"), py::arg("patch"), py::arg("keep"),
            py::arg("flip"), py::arg("cu_seqlens"), py::arg("rows"), py::arg("channels_last"), py::arg("mean"),
            py::arg("std"), py::arg("out"), py::arg("out_type"));
   m.def("patch_gather_cpu", &mimfast::patch_gather_cpu, py::arg("call"), py::arg("threads"), release_gil());
-=======
   py::class_<mimfast::PixelLoss>(m, "PixelLoss", py::module_local(), "One call, as in csrc/pixel_loss.h.")
       .def(py::init(&make_pixel_loss), py::kw_only(), py::arg("pred"), py::arg("pred_bf16"), py::arg("pred_stride"),
            py::arg("img"), py::arg("img_uint8"), py::arg("img_stride"), py::arg("map"), py::arg("index"),
@@ -216,7 +210,6 @@ PYBIND11_MODULE(_core, m) {
            py::arg("norm"), py::arg("kind"), py::arg("mean"), py::arg("std"), py::arg("eps"), py::arg("beta"),
            py::arg("upstream"), py::arg("loss"), py::arg("grad"));
   m.def("pixel_loss_cpu", &mimfast::pixel_loss_cpu, py::arg("call"), py::arg("threads"), release_gil());
->>>>>>> loss
 
 #ifdef MIMFAST_CUDA
   m.def(

@@ -14,4 +14,14 @@ from mimfast.ops.patch_unshuffle import patch_unshuffle
 from mimfast.ops.pixel_loss import pixel_loss
 from mimfast.ops.short_attention import short_attention
 
-__all__ = ["mask_blockwise", "mask_guided", "mask_pack", "mask_plan", "noop", "patch_gather", "patch_unshuffle", "pixel_loss", "short_attention"]
+__all__ = [
+    "mask_blockwise",
+    "mask_guided",
+    "mask_pack",
+    "mask_plan",
+    "noop",
+    "patch_gather",
+    "patch_unshuffle",
+    "pixel_loss",
+    "short_attention",
+]
