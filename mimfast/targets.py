@@ -56,9 +56,6 @@ class Pixels(nn.Module):
             scalar fp32.
         """
         hidden = mask.hidden if rows is None else rows
-        if rows is not None:
-            full = pred.new_zeros(pred.shape[0], mask.inverse.shape[1], pred.shape[2])
-            pred = full.scatter(1, rows[:, :, None].expand_as(pred), pred)
         return pixel_loss(pred, img, hidden, patch=self.patch, norm=self.norm, kind=self.kind)
 
     # a module is called to score, like any loss

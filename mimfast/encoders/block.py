@@ -3,12 +3,12 @@
 B batch, T tokens of a sequence (or of all sequences, packed), M tokens that are asked for, D width, N heads, d = D / N
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimfast._check import fail
 from mimfast.encoders.linear import linear
+from mimfast.ops.short_attention import short_attention
 
 EPS = 1e-6  # of every layer norm, as in timm and MAE (Hugging Face's ViTMAE says 1e-12)
 
@@ -22,10 +22,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, add: Tensor | None = None, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
         """(B, T, D), or with `cu_seqlens` (G + 1) int32 packed (T, D); `add` is a residual for the result."""
         qkv = linear(x, self.qkv.weight, self.qkv.bias)
-        y = attend(qkv, self.heads) if cu_seqlens is None else attend_packed(qkv, self.heads, cu_seqlens)
+        y = short_attention(qkv, self.heads, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         return linear(y, self.proj.weight, self.proj.bias, add)
 
     def some(self, x_BTD: Tensor, rows_BMD: Tensor, add_BMD: Tensor) -> Tensor:
@@ -59,18 +61,25 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rows: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
         """Run the block.
 
         Args:
             x: (B, T, D), or (T, D) with `cu_seqlens`.
-            cu_seqlens: (G + 1) int32: where each sequence begins in `x`, and where the last ends.
             rows: (B, M) int64, distinct tokens to compute; the others are only looked at. For a last block.
+            cu_seqlens: (G + 1) int32: where each sequence begins in `x`, and where the last ends.
+            max_seqlen: at least the longest of these, known on the host.
         Returns:
             The shape of `x`, or (B, M, D).
         """
         if rows is None:
-            x = self.attn(self.norm1(x), cu_seqlens, x)
+            x = self.attn(self.norm1(x), x, cu_seqlens, max_seqlen)
         else:
             normed = self.norm1(x)
             x = self.attn.some(normed, take(normed, rows), take(x, rows))
@@ -80,21 +89,6 @@ class Block(nn.Module):
 def take(x_BTD: Tensor, rows_BM: Tensor) -> Tensor:
     """The given tokens of each sequence, (B, M, D). Distinct rows: nothing is added up in the gradient."""
     return x_BTD.gather(1, rows_BM[:, :, None].expand(-1, -1, x_BTD.shape[-1]))
-
-
-def attend(qkv_BTE: Tensor, heads: int) -> Tensor:
-    """Self-attention from [3, heads, d] in the last dimension to merged heads, (B, T, D)."""
-    B, T, E = qkv_BTE.shape
-    # unbind: the three gradients are written once into one buffer, where indexing would add three padded ones up
-    q, k, v = (part.transpose(1, 2) for part in qkv_BTE.view(B, T, 3, heads, E // (3 * heads)).unbind(2))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, E // 3)
-
-
-def attend_packed(qkv_TE: Tensor, heads: int, cu_seqlens: Tensor) -> Tensor:
-    """Self-attention inside each packed sequence, (T, D). Reads the lengths back to the host."""
-    lengths = cu_seqlens.diff().tolist()
-    parts = [attend(part[None], heads)[0] for part in qkv_TE.split(lengths)]
-    return torch.cat(parts)
 
 
 def cross(q_BMD: Tensor, k_BTD: Tensor, v_BTD: Tensor, heads: int) -> Tensor:

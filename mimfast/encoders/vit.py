@@ -183,26 +183,29 @@ class ViT(nn.Module):
         if not imgs or len(imgs) != len(masks):
             found, wanted = f"{len(masks)} masks for {len(imgs)} batches", "one mask for each, and one batch at least"
             fail("ViT", "masks", found, wanted, "they go together in order")
-        parts, lengths = [], []
+        parts, lengths, longest = [], [], 0
         for img, mask in zip(imgs, masks):
             size = (int(img.shape[-2]), int(img.shape[-1]))
-            tokens_TD, lengths_B = (self if size == self.img_size else self.at(size))._packed(img, mask)
+            tokens_TD, lengths_B, length = (self if size == self.img_size else self.at(size))._packed(img, mask)
             parts.append(tokens_TD)
             lengths.append(lengths_B)
+            longest = max(longest, length)
         cu_seqlens = nn.functional.pad(torch.cat(lengths).cumsum(0), (1, 0)).to(torch.int32)
         x_TD = torch.cat(parts)
         for block in self.blocks:
-            x_TD = block(x_TD, cu_seqlens)
+            x_TD = block(x_TD, cu_seqlens=cu_seqlens, max_seqlen=longest)
         return Packed(self.norm(x_TD), cu_seqlens)
 
-    def _packed(self, img: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
-        """The embedded sequences of one batch, (T, D), and their lengths, (B,)."""
+    def _packed(self, img: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor, int]:
+        """The embedded sequences of one batch, (T, D), their lengths, (B,), and the longest."""
         if mask is None or mask.cu_seqlens is None:
             x_BTD = self.embed(img, mask)
-            return x_BTD.flatten(0, 1), torch.full((x_BTD.shape[0],), x_BTD.shape[1], device=img.device)
+            length = x_BTD.shape[1]
+            return x_BTD.flatten(0, 1), torch.full((x_BTD.shape[0],), length, device=img.device), length
         self._check(img, mask, "drop")
         cu_seqlens = mask.cu_seqlens.long()
-        total = int(cu_seqlens[-1])
+        lengths_B = cu_seqlens.diff() + 1
+        total, length = int(cu_seqlens[-1]), int(lengths_B.max())
         keep_K = mask.keep[:total]
         x_KD = self.patch_embed(img, keep_K, cu_seqlens=mask.cu_seqlens)
         x_KD = x_KD + self.pos_embed[0, 1:][keep_K]
@@ -211,7 +214,7 @@ class ViT(nn.Module):
         image_K = torch.searchsorted(cu_seqlens[1:], place_K, right=True)
         cls_BD = (self.cls_token + self.pos_embed[:, :1])[0].expand(img.shape[0], -1).to(x_KD.dtype)
         order_T = torch.cat([begin_B + torch.arange(img.shape[0], device=img.device), place_K + image_K + 1]).argsort()
-        return torch.cat([cls_BD, x_KD])[order_T], cu_seqlens.diff() + 1
+        return torch.cat([cls_BD, x_KD])[order_T], lengths_B, length
 
     def _check(self, img: Tensor, mask: Mask | None, mode: str) -> None:
         height, width = self.img_size
