@@ -145,7 +145,9 @@ def test_refuses_masks_and_modes() -> None:
         vit(img, Mask.random(3, (4, 4), 0.5))
     with pytest.raises(UserError, match=r"ViT: mask has device meta, expected cpu because img is there"):
         vit(img, Mask.random(2, (4, 4), 0.5).to("meta"))
-    with pytest.raises(UserError, match=r"ViT: mode has 'replace', expected one of \['drop'\] because"):
+    with pytest.raises(
+        UserError, match=r"ViT: mode has 'replace', expected one of \['drop'\] because ViT\(mask_token=True\)"
+    ):
         vit(img, Mask.random(2, (4, 4), 0.5), mode="replace")
 
 
@@ -158,3 +160,84 @@ def test_refuses_sizes() -> None:
         ViT(32, patch=8, dim=30, heads=5)
     with pytest.raises(UserError, match=r"encoders.build: name has 'vit_b61', .* did you mean 'vit_b16'\?"):
         encoders.build("vit_b61", 224)
+
+
+def test_replace_puts_a_mask_token_where_a_patch_is_hidden() -> None:
+    vit = ViT((16, 24), patch=8, dim=32, depth=2, heads=2, mask_token=True)
+    assert vit.mask_modes == {"drop", "replace"}
+    assert vit.config["mask_token"] is True
+    assert ViT(**vit.config).mask_token is not None
+    img, mask = torch.randn(3, 3, 16, 24), Mask.random(3, (2, 3), 0.5)
+    conv = F.conv2d(img, vit.patch_embed.proj.weight, vit.patch_embed.proj.bias, stride=8).flatten(2).mT
+    x = torch.where(mask.hidden[:, :, None], vit.mask_token, conv)
+    x = torch.cat([vit.cls_token.expand(3, -1, -1), x], dim=1) + vit.pos_embed
+    for block in vit.blocks:
+        x = block(x)
+    want = vit.norm(x)
+    got = vit(img, mask, mode="replace")
+    assert torch.allclose(got, want, atol=1e-5)
+    weight, leaves = torch.randn_like(got), [vit.mask_token, vit.cls_token, vit.patch_embed.proj.weight]
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), leaves) for y in (got, want))):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+    pixels = mask.hidden.view(3, 1, 2, 3).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    assert torch.equal(got, vit(img.masked_fill(pixels, float("nan")), mask, mode="replace"))
+    assert "mask_token" in vit.state_dict()
+    assert "mask_token" not in tiny().state_dict()
+
+
+def test_another_size_shares_the_weights_and_remakes_the_positions() -> None:
+    vit = tiny()
+    other = vit.at((16, 48))
+    assert other.grid == (2, 6)
+    assert torch.equal(other.pos_embed, sincos_2d(32, (2, 6)))
+    assert vit.grid == (4, 4)
+    assert vit.pos_embed.shape == (1, 17, 32)
+    other(torch.randn(2, 3, 16, 48)).sum().backward()
+    assert vit.blocks[0].attn.qkv.weight.grad is not None
+    assert other.cls_token is vit.cls_token
+    # a learned table is interpolated: a linear ramp stays one, and the class row stays
+    with torch.no_grad():
+        vit.pos_embed.copy_(torch.arange(17.0)[None, :, None].expand(-1, -1, 32))
+    table = vit.at(64).pos_embed[0, :, 0]
+    assert table[0] == 0
+    inner = table[1:].view(8, 8)[2:-2, 2:-2]
+    assert torch.allclose(inner.diff(dim=0), torch.full((3, 4), 2.0), atol=0.2)
+    with pytest.raises(UserError, match="ViT: img_size has 30, expected a multiple of 8 because"):
+        vit.at(30)
+
+
+def test_packed_equals_separate() -> None:
+    """Two sizes, with and without a mask, and a mask that keeps another number in each image."""
+    vit = tiny()
+    hidden = torch.zeros(3, 16, dtype=torch.bool)
+    hidden[0, 3:] = hidden[1, :5] = hidden[2, 7] = True
+    ragged = Mask.from_hidden(hidden, ragged=True)
+    big = Mask.random(2, (6, 4), 0.75)
+    imgs = [torch.randn(2, 3, 48, 32), torch.randn(3, 3, 32, 32), torch.randn(1, 3, 32, 32)]
+    packed = vit.forward_packed(imgs, [big, ragged, None])
+    singles = [Mask.from_hidden(row[None]) for row in hidden]
+    parts = [
+        *vit.at((48, 32))(imgs[0], big),
+        *(vit(imgs[1][i : i + 1], one)[0] for i, one in enumerate(singles)),
+        *vit(imgs[2]),
+    ]
+    assert packed.cu_seqlens.dtype == torch.int32
+    assert packed.cu_seqlens.diff().tolist() == [len(part) for part in parts] == [7, 7, 4, 12, 16, 17]
+    want = torch.cat(parts)
+    assert torch.allclose(packed.tokens, want, atol=1e-5)
+    weight, leaves = torch.randn_like(want), [p for p in vit.parameters() if p.requires_grad]
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), leaves) for y in (packed.tokens, want))):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, b.abs().max().item()))
+
+
+def test_packed_refuses() -> None:
+    vit, img = tiny(), torch.zeros(2, 3, 32, 32)
+    hidden = torch.eye(16, dtype=torch.bool)[:2]
+    hidden[0, 5] = True
+    ragged = Mask.from_hidden(hidden, ragged=True)
+    with pytest.raises(UserError, match="ViT: mask has different numbers of visible tokens, expected the same number"):
+        vit(img, ragged)
+    with pytest.raises(UserError, match="ViT: masks has 1 masks for 2 batches, expected one mask for each"):
+        vit.forward_packed([img, img], [None])
+    with pytest.raises(UserError, match="ViT: masks has 0 masks for 0 batches"):
+        vit.forward_packed([])
