@@ -91,6 +91,6 @@ def build(
         )
     if dim is not None and heads is None:
         heads = max(1, dim // 64)
-    given = {"patch": patch, "dim": dim, "depth": depth, "heads": heads}
+    given: dict[str, Any] = {"patch": patch, "dim": dim, "depth": depth, "heads": heads}
     make = ViT if name == "vit" else getattr(ViT, name.removeprefix("vit_"))
     return make(img_size, **{key: value for key, value in given.items() if value is not None})

@@ -54,6 +54,7 @@ class ViT(nn.Module):
     """
 
     mask_token: nn.Parameter | None
+    mask_modes: frozenset[str]
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class ViT(nn.Module):
         # a parameter, not a buffer, to keep its place among the names of timm; never trained
         self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid), requires_grad=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)) if mask_token else None
+        self.mask_modes = frozenset({"drop", "replace"} if mask_token else {"drop"})
         self.patch_embed = PatchEmbedVisible(patch, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=EPS)
@@ -88,10 +90,6 @@ class ViT(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
-
-    @property
-    def mask_modes(self) -> frozenset[str]:
-        return frozenset({"drop"} if self.mask_token is None else {"drop", "replace"})
 
     @property
     def config(self) -> dict[str, Any]:

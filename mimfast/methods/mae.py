@@ -139,6 +139,9 @@ def _check_pair(encoder: encoders.Encoder, decoder: Decoder, target: Target, rat
             encoder.dim,
             f"the encoder's tokens are {encoder.dim} wide",
         )
+    if getattr(encoder, "mask_token", None) is not None:
+        reason = "mode 'drop' never uses it, and the official name mask_token is the decoder's"
+        fail("MAE", "encoder", "a mask_token", "none", reason)
     if isinstance(decoder, CrossDecoder) and decoder.features != getattr(encoder, "depth", -1) + 1:
         wanted = f"{getattr(encoder, 'depth', 'no')} + 1 features"
         fail(
