@@ -77,6 +77,45 @@ def test_loss_and_every_gradient_equal_the_plain_path(decoder_depth: int, ratio:
         assert scale > 0 or decoder_depth == 0, name  # without attention the class token reaches nothing
 
 
+def test_bf16_errs_no_more_than_the_plain_path() -> None:
+    model, img = tiny(), torch.randn(3, 3, 32, 48)
+    mask, weights = model.sample_mask(3), [p for p in model.parameters() if p.requires_grad]
+    truth = torch.autograd.grad(plain_loss(model, img, mask), weights)
+    errors = []
+    for path in (model, lambda *given: plain_loss(model, *given)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = path(img, mask)
+        grads = torch.autograd.grad(loss, weights)
+        errors.append([((g - t).norm() / t.norm()).item() for g, t in zip(grads, truth)])
+    print(f"relative errors of gradients: ours {max(errors[0]):.1e}, plain {max(errors[1]):.1e}")
+    assert all(ours <= 2 * plain + 5e-3 for ours, plain in zip(*errors))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_captured_step_takes_new_masks() -> None:
+    model, img = tiny().cuda(), torch.randn(3, 3, 32, 48, device="cuda")
+    mask, other = model.sample_mask(3), model.sample_mask(3)
+    weights = [p for p in model.parameters() if p.requires_grad]
+
+    def run() -> list[Tensor]:
+        loss = model(img, mask)
+        return [loss.detach(), *torch.autograd.grad(loss, weights)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for name in ("keep", "inverse", "hidden", "hide"):
+        getattr(mask, name).copy_(getattr(other, name))
+    graph.replay()
+    for got, want in zip(captured, run()):
+        torch.testing.assert_close(got, want)
+
+
 def test_training_predicts_what_predict_gives_at_the_hidden_patches() -> None:
     model, img = tiny(), torch.randn(3, 3, 32, 48)
     mask = model.sample_mask(3)
