@@ -50,8 +50,8 @@ def short_attention(
         heads: number of heads; D = heads * d. `triton` takes d from 16 to 128 and N up to 256.
         cu_seqlens: (G + 1) int32 on the device of qkv: group g is rows cu_seqlens[g] to cu_seqlens[g + 1]. Starts at 0,
             never decreases; groups may be empty. Rows behind the last group get 0, also as gradient.
-        max_seqlen: no group of a packed call is longer. Tight is faster; without it 256 is taken, on a CPU the truth. On
-            a GPU, which looking would stall, it is not held against the groups: the result of a longer one is undefined.
+        max_seqlen: no group of a packed call is longer. Tight is faster; without it 256 is taken, on a CPU the truth.
+            A GPU is not made to wait for a look at the groups: there the result of a longer one is undefined.
         scale: of the scores; default 1 / sqrt(d).
         impl: "auto", or one of IMPLS, which then runs or raises. "sdpa" is torch's own attention; for packed groups its
             varlen_attn (or flash-attn's) on a GPU, else groups padded to max_seqlen.
