@@ -247,7 +247,7 @@ def backward_tiles(limit: int, head: int, size: int) -> list[Tile]:
         return [whole] if keys * pad <= 4096 else [whole, Tile(4096 // pad, 16, 8)]
     if keys * pad <= 8192:
         few = keys // 16 if pad < 128 else keys // 8
-        return [Tile(keys, min(keys, 32), min(few, 8 if keys > 64 or pad == 128 else 4))]
+        return [Tile(keys, min(keys, 32), min(few, 8 if keys == 256 or keys * pad > 4096 else 4))]
     resident = keys * pad <= 16384
     return [Tile(keys, 32 if resident else 16, 8, resident=resident), Tile(8192 // pad, 32, 8)]
 

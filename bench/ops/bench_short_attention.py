@@ -12,7 +12,7 @@ Estimates for an H200 at 4.3 TB/s, bytes that cannot be avoided (forward 4u, bac
     256 x 197, 16 heads of 32       206.6    48.0       361.5    84.1     132
     2048 x 49,  8 heads of 32       205.5    47.8       359.7    83.6     131
     256 x 197, 12 heads of 64       309.9    72.1       542.2   126.1     198
-    ragged 37..65, 12 heads of 64    56.7    13.2        99.3    23.1      36
+    ragged 37..65, 12 heads of 64    56.8    13.2        99.4    23.1      36
 
 Goal at N = 50: 1.3 times the best backend, 60 % of the floor. Padding to powers of two makes 1.64 times the scores at
 N = 50 and 1.69 times at 197, where matrix products then take about as long as memory.

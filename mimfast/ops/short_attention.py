@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimfast._check import check_dtype, check_same_device, check_shape, fail
-from mimfast.ops._choice import Impl, resolve, why_not_on
+from mimfast.ops._choice import Impl, _constant_under_compile, resolve, why_not_on
+from mimfast.ops._packed import Rows, pad_maps, take
 
 IMPLS = ("triton", "sdpa", "ref")
 MAX_LENGTH, HEADS, WIDE_TILE = 256, (16, 128), 8192  # what kernels/short_attention.py takes
@@ -27,13 +28,13 @@ def short_attention_ref(
     if cu_seqlens is None:
         group_BNE, inside_BN = wide, torch.ones(qkv.shape[:2], dtype=torch.bool, device=qkv.device)
     else:
-        there, back, inside_BN = _maps(cu_seqlens, qkv.shape[0], _longest(qkv, cu_seqlens, max_seqlen))
-        group_BNE = _take(wide, there).view(*inside_BN.shape, qkv.shape[-1])  # padded, with zeros
+        there, back, inside_BN = pad_maps(cu_seqlens, qkv.shape[0], _longest(qkv, cu_seqlens, max_seqlen))
+        group_BNE = take(wide, there).view(*inside_BN.shape, qkv.shape[-1])  # padded, with zeros
     q, k, v = _split(group_BNE, heads)
     score_BhNN = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     prob_BhNN = score_BhNN.masked_fill(~inside_BN[:, None, None], float("-inf")).softmax(-1)
     out_BND = (prob_BhNN @ v).transpose(1, 2).flatten(2)
-    return (out_BND if cu_seqlens is None else _take(out_BND.flatten(0, 1), back)).to(qkv.dtype)
+    return (out_BND if cu_seqlens is None else take(out_BND.flatten(0, 1), back)).to(qkv.dtype)
 
 
 def short_attention(
@@ -49,8 +50,8 @@ def short_attention(
         heads: number of heads; D = heads * d. `triton` takes d from 16 to 128 and N up to 256.
         cu_seqlens: (G + 1) int32 on the device of qkv: group g is rows cu_seqlens[g] to cu_seqlens[g + 1]. Starts at 0,
             never decreases; groups may be empty. Rows behind the last group get 0, also as gradient.
-        max_seqlen: no group of a packed call is longer. Tight is faster; without it 256 is taken, on a CPU the truth. Held
-            against the groups on a CPU; on a GPU, which looking would stall, the result of a longer one is undefined.
+        max_seqlen: no group of a packed call is longer. Tight is faster; without it 256 is taken, on a CPU the truth.
+            A GPU is not made to wait for a look at the groups: there the result of a longer one is undefined.
         scale: of the scores; default 1 / sqrt(d).
         impl: "auto", or one of IMPLS, which then runs or raises. "sdpa" is torch's own attention; for packed groups its
             varlen_attn (or flash-attn's) on a GPU, else groups padded to max_seqlen.
@@ -62,7 +63,7 @@ def short_attention(
     _check(qkv, heads, cu_seqlens, max_seqlen)
     chosen = resolve("short_attention", impl, IMPLS, partial(_why_not, qkv, heads, cu_seqlens, max_seqlen))
     if chosen == "triton":
-        limit = 0 if cu_seqlens is None else min(MAX_LENGTH, max_seqlen or MAX_LENGTH)
+        limit = 0 if cu_seqlens is None else max_seqlen or MAX_LENGTH
         scale = (qkv.shape[-1] // (3 * heads)) ** -0.5 if scale is None else float(scale)
         return _ShortAttention.apply(qkv, cu_seqlens, heads, limit, scale, chosen)
     with torch.autocast(qkv.device.type, enabled=False):  # a product in fewer bits is not this op
@@ -70,11 +71,12 @@ def short_attention(
             return short_attention_ref(qkv, heads, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=scale)
         if cu_seqlens is None:
             return _sdpa(qkv, heads, None, scale)
-        if _has_varlen(qkv, heads, scale):
-            return _varlen(qkv, heads, cu_seqlens, max_seqlen, scale)
-        there, back, inside_BN = _maps(cu_seqlens, qkv.shape[0], _longest(qkv, cu_seqlens, max_seqlen))
-        group_BNE = _Rows.apply(qkv, there, back).view(*inside_BN.shape, qkv.shape[-1])
-        return _Rows.apply(_sdpa(group_BNE, heads, inside_BN[:, None, None], scale).flatten(0, 1), back, there)
+        longest, source = _longest(qkv, cu_seqlens, max_seqlen), _varlen_of(qkv, heads, scale)
+        if source is not None:
+            return _varlen(source, qkv, heads, cu_seqlens, longest, scale)
+        there, back, inside_BN = pad_maps(cu_seqlens, qkv.shape[0], longest)
+        group_BNE = Rows.apply(qkv, there, back).view(*inside_BN.shape, qkv.shape[-1])
+        return Rows.apply(_sdpa(group_BNE, heads, inside_BN[:, None, None], scale).flatten(0, 1), back, there)
 
 
 def _check(qkv: Tensor, heads: int, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
@@ -85,14 +87,14 @@ def _check(qkv: Tensor, heads: int, cu_seqlens: Tensor | None, max_seqlen: int |
     check_shape(op, "qkv", qkv, (None,) * (3 if cu_seqlens is None else 2), f"it is {packed}")
     if heads < 1 or qkv.shape[-1] % (3 * heads) or qkv.shape[-1] == 0:
         fail(op, "heads", heads, f"a divisor of {qkv.shape[-1]} / 3", "q, k and v are split evenly among the heads")
+    if cu_seqlens is None and max_seqlen is not None:
+        fail(op, "max_seqlen", max_seqlen, "None", f"without cu_seqlens every group has {qkv.shape[1]} tokens")
     if cu_seqlens is None:
-        if max_seqlen is not None:
-            fail(op, "max_seqlen", max_seqlen, "None", f"without cu_seqlens every group has {qkv.shape[1]} tokens")
         return
     check_dtype(op, "cu_seqlens", cu_seqlens, (torch.int32,), "it holds where groups begin")
     check_shape(op, "cu_seqlens", cu_seqlens, (None,), "it is one list")
     check_same_device(op, qkv=qkv, cu_seqlens=cu_seqlens)
-    if cu_seqlens.shape[0] < 1:
+    if not cu_seqlens.shape[0]:
         fail(op, "cu_seqlens", "length 0", "length groups + 1", "it ends with the end of the last group")
     if max_seqlen is not None and max_seqlen < 1:
         fail(op, "max_seqlen", max_seqlen, "1 or more", "it is the length of the longest group")
@@ -127,14 +129,10 @@ def _why_not(qkv: Tensor, heads: int, cu_seqlens: Tensor | None, max_seqlen: int
     longest = qkv.shape[1] if cu_seqlens is None else max_seqlen or MAX_LENGTH
     if longest > MAX_LENGTH:
         return f"the kernel keeps a group on chip, which suits up to {MAX_LENGTH} tokens, and {name} gives {longest}"
-    tile = _power_of_2(longest) * _power_of_2(d)
+    tile = 1 << max(4, (longest - 1).bit_length()) + (d - 1).bit_length()  # padded to powers of 2
     if qkv.element_size() == 4 and tile > WIDE_TILE:
         return f"{longest} tokens x {d} values pad to {tile}, and float32 keys beyond {WIDE_TILE} do not fit on chip"
     return why_not_on(impl, qkv.device.type)
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << max(4, (n - 1).bit_length())
 
 
 def _split(group_BNE: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -148,69 +146,43 @@ def _sdpa(qkv: Tensor, heads: int, mask: Tensor | None, scale: float | None) -> 
     return out_BhNd.transpose(1, 2).contiguous().flatten(2)  # no copy: torch's kernels write (B, N, heads, d)
 
 
-def _has_varlen(qkv: Tensor, heads: int, scale: float | None) -> bool:
-    fits = qkv.dtype in (torch.bfloat16, torch.float16) and qkv.shape[-1] // heads % 24 == 0  # d is a multiple of 8
-    return fits and qkv.is_cuda and (scale is None or scale > 0) and (_TORCH_VARLEN or _FLASH_ATTN)
+def _varlen_of(qkv: Tensor, heads: int, scale: float | None) -> str | None:
+    """Whose packed attention takes this call: "torch", "flash_attn" or None."""
+    d = qkv.shape[-1] // (3 * heads)
+    fits = qkv.dtype in (torch.bfloat16, torch.float16) and d % 8 == 0 and d <= 256 and (scale is None or scale > 0)
+    return _installed_varlen(qkv.device.index) if fits and qkv.is_cuda else None
 
 
-def _varlen(qkv: Tensor, heads: int, cu_seqlens: Tensor, max_seqlen: int | None, scale: float | None) -> Tensor:
+@_constant_under_compile
+def _installed_varlen(device: int) -> str | None:
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    if torch.backends.cuda.is_flash_attention_available():
+        return "torch"
+    return "flash_attn" if importlib.util.find_spec("flash_attn") else None
+
+
+def _varlen(source: str, qkv: Tensor, heads: int, cu_seqlens: Tensor, longest: int, scale: float | None) -> Tensor:
     """Packed attention of torch or flash-attn, which leave rows behind the last group as they are: masked here."""
     owned_T1 = torch.arange(qkv.shape[0], device=qkv.device)[:, None] < cu_seqlens[-1]
     q, k, v = torch.where(owned_T1, qkv, 0).unflatten(-1, (3, heads, -1)).unbind(1)
-    bounds, longest = (cu_seqlens, cu_seqlens), _longest(qkv, cu_seqlens, max_seqlen)
-    if _TORCH_VARLEN:
+    groups = (cu_seqlens, cu_seqlens, longest, longest)
+    if source == "torch":
         from torch.nn.attention.varlen import varlen_attn
 
-        out_Thd = varlen_attn(q, k, v, *bounds, longest, longest, scale=scale)
+        out_Thd = varlen_attn(q, k, v, *groups, scale=scale)
         assert isinstance(out_Thd, Tensor)  # a tuple only when more is asked for
     else:
         from flash_attn import flash_attn_varlen_func
 
-        out_Thd = flash_attn_varlen_func(q, k, v, *bounds, longest, longest, softmax_scale=scale)
+        out_Thd = flash_attn_varlen_func(q, k, v, *groups, softmax_scale=scale)
     return torch.where(owned_T1, out_Thd.flatten(1), 0)
 
 
-_TORCH_VARLEN = torch.backends.cuda.is_flash_attention_available()
-_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
-
-
 def _longest(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> int:
-    if max_seqlen is not None:
-        return max_seqlen
-    if _may_look(qkv):
-        return max(1, 1, *cu_seqlens.diff().tolist())
-    return min(MAX_LENGTH, qkv.shape[0])
-
-
-def _maps(cu_seqlens: Tensor, tokens: int, longest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row of each padded slot (G * N) and slot of each row (T), -1 for none; which keys count (G, N), one at least."""
-    cu, slot_N = cu_seqlens.long(), torch.arange(longest, device=cu_seqlens.device)
-    first_G1, length_G1 = cu[:-1, None], cu.diff()[:, None]
-    there_GN = torch.where(slot_N < length_G1, first_G1 + slot_N, -1)
-    row_T = torch.arange(tokens, device=cu.device)
-    group_T = torch.searchsorted(cu[1:].contiguous(), row_T, right=True)
-    owned_T, group_T = group_T < cu.shape[0] - 1, group_T.clamp(max=cu.shape[0] - 2)
-    back_T = torch.where(owned_T, group_T * longest + row_T - cu[group_T], -1)
-    return there_GN.flatten(), back_T, slot_N < length_G1.clamp(min=1)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (2-d); 0 where the index is -1, by a row of zeros appended to x."""
-    return F.pad(x, (0, 0, 0, 1)).index_select(0, index % (x.shape[0] + 1))
-
-
-class _Rows(torch.autograd.Function):
-    """_take whose gradient is a gather as well, by the inverse map, instead of an accumulating scatter."""
-
-    @staticmethod
-    def forward(ctx, x, index, inverse):
-        ctx.save_for_backward(inverse)
-        return _take(x, index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _take(grad, *ctx.saved_tensors), None, None
+    if max_seqlen is None and _may_look(qkv):
+        return max([1, *cu_seqlens.diff().tolist()])
+    return min(MAX_LENGTH, qkv.shape[0]) if max_seqlen is None else max_seqlen
 
 
 # contract: define + impl + register_fake under a thin autograd.Function, for the launch cost (see noop.py)
