@@ -2,6 +2,7 @@
 // are checked by the fronts in mimfast/ops. The tests build this file a second time with the kernels emulated, see
 // emulate.h.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <sstream>
 #include <string>
@@ -11,6 +12,7 @@
 #include "mask_pack.h"
 #include "mask_plan.h"
 #include "noop.h"
+#include "patch_gather.h"
 
 namespace py = pybind11;
 
@@ -95,6 +97,37 @@ mimfast::MaskBlockwise make_mask_blockwise(uintptr_t sample_ids, uintptr_t epoch
           at<bool>(hidden)};
 }
 
+mimfast::PixelType pixel_type(const std::string& name) {
+  if (name == "uint8") return mimfast::PixelType::kUint8;
+  if (name == "float32") return mimfast::PixelType::kFloat32;
+  if (name == "bfloat16") return mimfast::PixelType::kBfloat16;
+  if (name == "float16") return mimfast::PixelType::kFloat16;
+  throw py::value_error("patch_gather: no native code for " + name);
+}
+
+mimfast::PatchGather make_patch_gather(uintptr_t img, const std::string& img_type, std::array<int64_t, 4> stride,
+                                       int64_t batch, int32_t grid_rows, int32_t grid_cols, int32_t patch,
+                                       uintptr_t keep, uintptr_t flip, uintptr_t cu_seqlens, int64_t rows,
+                                       bool channels_last, std::array<float, 3> mean, std::array<float, 3> std,
+                                       uintptr_t out, const std::string& out_type) {
+  return {at<const void>(img),
+          pixel_type(img_type),
+          stride,
+          batch,
+          grid_rows,
+          grid_cols,
+          patch,
+          at<const int64_t>(keep),
+          at<const bool>(flip),
+          at<const int32_t>(cu_seqlens),
+          rows,
+          channels_last,
+          mean,
+          std,
+          at<void>(out),
+          pixel_type(out_type)};
+}
+
 using release_gil = py::call_guard<py::gil_scoped_release>;
 
 }  // namespace
@@ -132,6 +165,13 @@ PYBIND11_MODULE(_core, m) {
            py::arg("log_low"), py::arg("log_high"), py::arg("exact"), py::arg("seed"), py::arg("hidden"));
   m.def("mask_blockwise_cpu", &mimfast::mask_blockwise_cpu, py::arg("call"), py::arg("threads"), release_gil());
   m.attr("MASK_PLAN_MAX_UNITS_CUDA") = mimfast::kMaskPlanMaxUnitsCuda;
+
+  py::class_<mimfast::PatchGather>(m, "PatchGather", py::module_local(), "One call, as in csrc/patch_gather.h.")
+      .def(py::init(&make_patch_gather), py::kw_only(), py::arg("img"), py::arg("img_type"), py::arg("stride"),
+           py::arg("batch"), py::arg("grid_rows"), py::arg("grid_cols"), py::arg("patch"), py::arg("keep"),
+           py::arg("flip"), py::arg("cu_seqlens"), py::arg("rows"), py::arg("channels_last"), py::arg("mean"),
+           py::arg("std"), py::arg("out"), py::arg("out_type"));
+  m.def("patch_gather_cpu", &mimfast::patch_gather_cpu, py::arg("call"), py::arg("threads"), release_gil());
 
 #ifdef MIMFAST_CUDA
   m.def(

@@ -7,11 +7,12 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from mimfast._check import fail
+from mimfast.encoders.embed import PatchEmbedVisible as PatchEmbedVisible
 from mimfast.encoders.vit import Size
 from mimfast.encoders.vit import ViT as ViT
 from mimfast.mask import Mask
 
-__all__ = ["Encoder", "ViT", "build", "names", "require_mode"]
+__all__ = ["Encoder", "PatchEmbedVisible", "ViT", "build", "names", "require_mode"]
 
 
 class Encoder(Protocol):

@@ -9,6 +9,7 @@ from mimfast.ops.mask_guided import mask_guided
 from mimfast.ops.mask_pack import mask_pack
 from mimfast.ops.mask_plan import mask_plan
 from mimfast.ops.noop import noop
+from mimfast.ops.patch_gather import patch_gather
 from mimfast.ops.pixel_loss import pixel_loss
 
-__all__ = ["mask_blockwise", "mask_guided", "mask_pack", "mask_plan", "noop", "pixel_loss"]
+__all__ = ["mask_blockwise", "mask_guided", "mask_pack", "mask_plan", "noop", "patch_gather", "pixel_loss"]
