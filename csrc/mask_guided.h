@@ -34,11 +34,10 @@ MIMFAST_HOST_DEVICE int64_t minus_log2(uint32_t word) {
 
 // what orders the units: the word itself in mask_plan, the time of arrival in mask_guided
 template <bool kGuided>
-MIMFAST_HOST_DEVICE uint32_t unit_key(const MaskPlan& plan, int64_t b, int64_t u, uint32_t word) {
+MIMFAST_HOST_DEVICE uint32_t unit_key(uint32_t word, const float* importance_U, int64_t u) {
   if (!kGuided) return word;
   constexpr uint32_t kInfinity = 0x7f800000;
-  const int64_t units = int64_t{plan.rows / plan.unit} * (plan.cols / plan.unit);
-  const float importance = plan.importance[b * units + u];
+  const float importance = importance_U[u];
   uint32_t bits = kInfinity;
   if (importance > 0) {
     // exact up to the division: nothing for a compiler to contract or reorder

@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kThreads) mask_select_kernel(MaskPlan plan) {
   const int units = plan.rows / plan.unit * units_per_row;
   const int64_t epoch = plan.epochs != nullptr ? plan.epochs[b] : plan.epoch;
   const int64_t sample_id = plan.sample_ids[b];
+  const float* importance = kGuided ? plan.importance + b * units : nullptr;
   const MaskLists lists = lists_of(plan, b);
   const int kept_tokens = static_cast<int>(lists.kept);
   const int keep_units = kept_tokens / (plan.unit * plan.unit);
@@ -40,8 +41,9 @@ __global__ void __launch_bounds__(kThreads) mask_select_kernel(MaskPlan plan) {
     if (4 * block < units) drawn = philox_words(plan.seed, kStreamMask, epoch, sample_id, block);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      key[4 * j + i] = 4 * block + i < units ? unit_key<kGuided>(plan, b, 4 * block + i, drawn.word[i] & plan.word_mask)
-                                             : 0xffffffffu;
+      key[4 * j + i] = 4 * block + i < units
+                           ? unit_key<kGuided>(drawn.word[i] & plan.word_mask, importance, 4 * block + i)
+                           : 0xffffffffu;
   }
 
   uint32_t threshold = 0;
