@@ -47,9 +47,8 @@ def problems(path: str) -> list[str]:
 
 
 def main() -> int:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split("\n")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     found = [line for path in listed if path and (ROOT / path).is_file() for line in problems(path)]
     if (ROOT / "kernels" / "__init__.py").exists():
         found.append("kernels/__init__.py: must not exist, it would shadow Hugging Face's `kernels` package")

@@ -83,7 +83,7 @@ def cpu_path_works() -> str | None:
         return f"{type(error).__name__}: {error}"
 
 
-IMPLS = ("ref", "cpu", "triton", "cuda")
+IMPLS = ("ref", "cpu", "sdpa", "triton", "cuda")
 
 
 def markdown() -> str:
@@ -99,7 +99,7 @@ def _standing(op: str, impl: str) -> str:
 
     if impl not in import_module(f"mimfast.ops.{op}").IMPLS:
         return "–"
-    if impl in ("ref", "cpu"):
+    if impl in ("ref", "cpu", "sdpa"):
         return "in auto"
     record = verified().get(op, {}).get(impl)
     return f"in auto (verified on {record['device']})" if record else "by name only"

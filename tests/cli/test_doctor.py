@@ -1,4 +1,4 @@
-"""`mimfast doctor` names every op and implementation, its state and the reason, and fails only when the CPU path is broken."""
+"""`mimfast doctor` names every op and implementation with state and reason; it fails when the CPU path is broken."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_exit_code_when_the_cpu_path_is_broken(capsys, monkeypatch):
 def test_markdown_table_has_a_row_for_each_op(capsys):
     assert doctor.main(markdown_only=True) == 0
     rows = capsys.readouterr().out.splitlines()
-    assert rows[0] == "| op | `ref` | `cpu` | `triton` | `cuda` |"
+    assert rows[0] == "| op | `ref` | `cpu` | `sdpa` | `triton` | `cuda` |"
     assert [row.split("`")[1] for row in rows[2:]] == doctor.op_names()
 
 
