@@ -172,6 +172,69 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
+def check(recipe: Recipe) -> Recipe:
+    """The recipe itself, after tests that need no image. Raises UserError naming the first bad value."""
+    for good, name, wanted, because in [*_network_rules(recipe), *_training_rules(recipe)]:
+        if not good:
+            section, key = name.split(".")
+            found = getattr(getattr(recipe, section), key)
+            raise UserError(f"pretrain: {name} has {found!r}, expected {wanted} because {because}")
+    return recipe
+
+
+# whether it holds, of which setting, what is wanted, and why
+_Rule = tuple[bool, str, str, str]
+
+
+def _network_rules(recipe: Recipe) -> list[_Rule]:
+    model, data = recipe.model, recipe.data
+    size, patch = model.img_size, model.patch
+    rules: list[_Rule] = [
+        (0 <= recipe.mask.ratio < 1, "mask.ratio", "0 <= ratio < 1", "it is hidden and something must stay visible"),
+        (size > 0, "model.img_size", "a positive number of pixels", "it is the side of the training crop"),
+        (patch is None or patch > 0, "model.patch", "a positive number of pixels", "it is the side of a patch"),
+        (0 < data.holdout < 1, "data.holdout", "a fraction between 0 and 1", "the final table needs unseen images"),
+    ]
+    if patch:
+        why = f"patches are {patch} px and {size} = {size // patch} * {patch} + {size % patch}"
+        rules.append((size % patch == 0, "model.img_size", f"a multiple of {patch}", why))
+    for name, (low, high) in (("data.crop_scale", data.crop_scale), ("data.crop_ratio", data.crop_ratio)):
+        rules.append((0 < low <= high, name, "two positive numbers in ascending order", "they bound a range"))
+    rules += [
+        (data.crop_scale[1] <= 1, "data.crop_scale", "numbers up to 1", "a crop is not larger than its image"),
+        (0 <= data.recolour <= 1, "data.recolour", "0 to 1", "it is a strength"),
+        (data.workers is None or data.workers >= 0, "data.workers", "0 or more", "it is a number of threads"),
+    ]
+    return rules
+
+
+def _training_rules(recipe: Recipe) -> list[_Rule]:
+    optim, train, score = recipe.optim, recipe.train, recipe.score
+    steps, epochs = train.steps, train.epochs
+    return [
+        (optim.batch_size > 0, "optim.batch_size", "1 or more", "a step needs images"),
+        (
+            0 <= optim.warmup <= 1,
+            "optim.warmup",
+            "a fraction between 0 and 1",
+            "it is a part of the run",
+        ),
+        (optim.lr is None or optim.lr > 0, "optim.lr", "a positive number", "the weights would not move"),
+        (optim.clip is None or optim.clip > 0, "optim.clip", "a positive number", "the weights would not move"),
+        (steps is not None or epochs is not None, "train.steps", "a number", "train.epochs is not set either"),
+        (steps is None or steps > 0, "train.steps", "1 or more", "it is the length of the run"),
+        (epochs is None or epochs > 0, "train.epochs", "more than 0", "it is the length of the run"),
+        (0 <= train.seed < 2**63, "train.seed", "0 to 2**63 - 1", "it is a key of 63 bits"),
+        (train.log_every > 0, "train.log_every", "1 or more", "it is a number of steps"),
+        (train.checkpoint_steps >= 0, "train.checkpoint_steps", "0 or more", "it is a number of steps"),
+        (train.keep > 0, "train.keep", "1 or more", "a run without a checkpoint cannot be resumed"),
+        (score.images > 0, "score.images", "1 or more", "the final table needs images"),
+        (score.views > 0, "score.views", "1 or more", "it is a number of crops"),
+        (score.knn > 0, "score.knn", "1 or more", "it is a number of neighbours"),
+        (score.probe_images > 1, "score.probe_images", "2 or more", "a probe learns from images"),
+    ]
+
+
 def fingerprint(recipe: Recipe) -> str:
     """Sixteen hex digits over every setting that changes what is learnt (not place, logging, hardware)."""
     return hashlib.sha256(json.dumps(_learning(recipe), sort_keys=True).encode()).hexdigest()[:16]

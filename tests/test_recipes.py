@@ -14,7 +14,7 @@ from mimfast.recipes import RECIPES, Recipe
 
 @pytest.mark.parametrize("make", RECIPES, ids=lambda make: make.__name__)
 def test_every_recipe_is_valid_named_after_its_function_and_documented(make):
-    recipe = recipes.check(make())
+    recipe = settings.check(make())
     assert recipe.run.name == make.__name__
     assert "Command: `" in make.__doc__
     assert "mimfast pretrain" in make.__doc__
@@ -89,7 +89,7 @@ def test_the_default_depends_on_the_data():
 )
 def test_values_out_of_range_are_named(key, value, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        recipes.check(settings.override(recipes.mae_photos(), {key: value}, "test"))
+        settings.check(settings.override(recipes.mae_photos(), {key: value}, "test"))
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,7 @@ def versions() -> dict[str, str]:
 
 
 def conclude(facts: Facts, method: Any, train: Source, held_out: Source, device: torch.device, screen: Screen) -> None:
-    """Measure the trained method and write encoder.safetensors, the pictures, results.json and report.html; print the
-    tables.
+    """Measure the trained method, write encoder.safetensors, pictures, results.json and report.html, print tables.
 
     Raises:
         UserError: the results cannot be written.

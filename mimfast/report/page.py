@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from mimfast.recipes import describe
 from mimfast.settings import to_toml
 from mimfast.train.screen import clock
 
@@ -25,7 +26,7 @@ body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; background:
 h1 { font-size: 1.7rem; margin: 0 0 .25rem; letter-spacing: -.01em; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
 p, li { color: var(--soft); margin: .35rem 0; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem; margin: 1.5rem 0 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1.5rem 0 0; }
 .facts div { background: var(--card); border-radius: .6rem; padding: .7rem .9rem; }
 .facts b { display: block; font-size: 1.2rem; font-variant-numeric: tabular-nums; }
 .facts span { color: var(--soft); font-size: .85rem; }
@@ -67,9 +68,8 @@ def render(
     recipe = facts.recipe
     parts = [
         f"<h1>{_text(recipe.run.name)}</h1>",
-        f"<p>{_text(recipe.model.method.upper())} on {_text(recipe.model.encoder)}, {recipe.model.img_size} px, "
-        "trained on "
-        f"{_text(recipe.data.path)}: {facts.train_images} images, {facts.held_out_images} more held out.</p>",
+        f"<p>{_text(describe(recipe))}, {recipe.model.img_size} px, trained on {_text(recipe.data.path)}: "
+        f"{facts.train_images} images, {facts.held_out_images} more held out.</p>",
         _numbers(facts, lines),
     ]
     for table in tables:

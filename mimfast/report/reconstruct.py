@@ -54,8 +54,7 @@ def psnr(mse: float) -> float:
 
 @torch.no_grad()
 def score(method: Any, held_out: Source, recipe: Recipe, device: torch.device, workers: int = 0) -> Reconstruction:
-    """Masked reconstruction on held-out images: crops as in training, masks drawn by the run's seed, so the numbers
-    repeat.
+    """Masked reconstruction on held-out images: crops as in training, masks by the run's seed, so it repeats.
 
     Args:
         method: offers sample_mask, predict, target and encoder, as MAE does.
@@ -119,8 +118,7 @@ def predict_pixels(method: Any, img: Tensor, mask: Mask) -> Tensor:
 
 
 def fills(real: Tensor, mask: Mask) -> dict[str, Tensor]:
-    """Three ways to fill hidden patches without learning, from (B, 3, H, W) pictures in [0, 1]; only visible pixels
-    are used.
+    """Three ways to fill hidden patches without learning, from the visible pixels of (B, 3, H, W) pictures in [0, 1].
 
     - the mean colour of all visible patches;
     - the mean colour of the nearest visible patch (Euclidean distance between centres, the first in row-major order
@@ -151,9 +149,7 @@ def fills(real: Tensor, mask: Mask) -> dict[str, Tensor]:
 
 
 def first_minimum(values: Tensor) -> Tensor:
-    """Index of the smallest entry along the last dimension, the first one among equals (argmin may take any), for
-    integers.
-    """
+    """Index of the smallest integer along the last dimension, the first among equals (argmin may take any)."""
     count = values.shape[-1]
     return (values * count + torch.arange(count, device=values.device)).argmin(-1)
 

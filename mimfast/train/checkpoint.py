@@ -138,9 +138,7 @@ def fault(path: Path) -> str | None:
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint; `warn` hears one sentence for each newer one that is not whole. None when there is
-    none.
-    """
+    """The newest whole checkpoint or None; `warn` hears one sentence for each newer one that is not whole."""
     # names, not `latest`: a run killed between the rename and `latest` leaves a newer whole checkpoint
     for name in sorted((p.name for p in folder.glob("step_*") if ".tmp-" not in p.name), reverse=True):
         why = fault(folder / name)

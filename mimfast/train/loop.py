@@ -7,12 +7,9 @@ What a run learns is a pure function of its recipe: order, crops and masks are a
 
 import math
 import os
-import signal
-import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -32,6 +29,7 @@ from mimfast.train.optim import guarded_step, make_optimizer, set_lr
 from mimfast.train.recolour import recolour
 from mimfast.train.schedule import lr_at
 from mimfast.train.screen import Screen
+from mimfast.train.stop import Stop
 
 # steps in a row without a finite gradient after which a run gives up
 HOPELESS = 20
@@ -39,9 +37,7 @@ HOPELESS = 20
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its folder, the steps done and planned, and the signal that stopped it early (None: it
-    finished).
-    """
+    """How a run ended: its folder, the steps done and planned, the signal that stopped it early (or None)."""
 
     folder: Path
     step: int
@@ -84,7 +80,7 @@ def pretrain(recipe: Recipe, resume: bool = False) -> Outcome:
     Raises:
         UserError: a setting, the images or the run folder cannot be used.
     """
-    recipes.check(recipe)
+    settings.check(recipe)
     world = parallel.start(recipe.train.device)
     screen = Screen(quiet=not world.first)
     try:
@@ -96,7 +92,7 @@ def pretrain(recipe: Recipe, resume: bool = False) -> Outcome:
 
 def _pretrain(recipe: Recipe, resume: bool, world: parallel.World, screen: Screen) -> Outcome:
     if world.device.type == "cpu":
-        _set_threads()
+        _set_threads(spare=1)
     train, held_out = _open(recipe)
     if recipe.optim.batch_size % world.size:
         raise UserError(
@@ -128,7 +124,7 @@ def _run(job: _Job, claim: folder.Claim | None, train: Source, held_out: Source)
     batch, size, seed = recipe.optim.batch_size // world.size, recipe.model.img_size, recipe.train.seed
     with Loader(train, size, batch, seed, job.step, workers, crop, world.rank, world.size) as loader:
         _introduce(job, train, held_out)
-        with _Stop() as stop:
+        with Stop() as stop:
             _loop(job, loader, stop)
         bad = job.bad(loader)
     if claim is not None:
@@ -136,14 +132,12 @@ def _run(job: _Job, claim: folder.Claim | None, train: Source, held_out: Source)
     return Outcome(job.folder, job.step, job.steps, stop.signal if job.step < job.steps else None)
 
 
-def _set_threads() -> None:
+def _set_threads(spare: int) -> None:
     # torch counts the cores of the machine, a container may have fewer. Its threads wait for each other many times a
-    # step,
-    # so one that shares its core with a loader thread slows all of them: a core is left free, for any number of
-    # workers,
-    # because the number of threads may change the last bit of a sum
+    # step, so one that shares its core with a loader thread slows all of them: a core is left free, for any number of
+    # workers, because the number of threads may change the last bit of a sum
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, int(usable_cpus()) // parallel.local_size() - 1))
+        torch.set_num_threads(max(1, int(usable_cpus()) // parallel.local_size() - spare))
 
 
 def _workers(world: parallel.World) -> int:
@@ -199,37 +193,14 @@ def _introduce(job: _Job, train: Source, held_out: Source) -> None:
     say = job.screen.say
     say(f"{recipe.run.name}: {recipe.data.path}, {len(train)} images to train on, {len(held_out)} held out")
     say(
-        f"{recipe.model.method.upper()} on {recipe.model.encoder}, {weights / 1e6:.2f} M parameters, "
-        f"{recipe.model.img_size} px, "
-        f"{100 * recipe.mask.ratio:g} % hidden, {job.steps} steps of {recipe.optim.batch_size}, "
+        f"{recipes.describe(recipe)}, {weights / 1e6:.2f} M parameters; {recipe.model.img_size} px, "
+        f"{100 * recipe.mask.ratio:g} % hidden; {job.steps} steps of {recipe.optim.batch_size}, "
         f"{'bf16' if _bf16(job) else 'fp32'} on {where}"
     )
     say(f"run folder: {job.folder}" + (f", continued from step {job.step}" if job.step else ""))
 
 
-class _Stop:
-    """Turns the first SIGINT or SIGTERM into a wish; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Stop":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _loop(job: _Job, loader: Loader, stop: _Stop) -> None:
+def _loop(job: _Job, loader: Loader, stop: Stop) -> None:
     recipe = job.recipe
     optim, train = recipe.optim, recipe.train
     peak = recipes.peak_lr(recipe)
@@ -304,9 +275,7 @@ def _about(job: _Job, loader: Loader, lr: float) -> dict[str, Any]:
 
 
 def _show(job: _Job, log: Log | None, line: dict[str, Any] | None) -> bool:
-    """Print and write one line; returns whether any rank wants to stop. Raises UserError when the run has become
-    hopeless.
-    """
+    """Print and write one line; returns whether any rank wants to stop. Raises UserError for a hopeless run."""
     if line is None:
         return False
     stop = line.pop("stop")
@@ -361,9 +330,7 @@ def _commit(job: _Job, loader: Loader) -> None:
 
 
 def _restore(job: _Job) -> None:
-    """Put weights, optimizer, counters and generator where the newest whole checkpoint left them; without one, begin
-    at step 0.
-    """
+    """Put everything where the newest whole checkpoint left it; without one, begin at step 0."""
     path = checkpoint.newest(job.folder / "checkpoints", job.screen.warn)
     if path is None:
         job.screen.warn(f"{job.folder} holds no whole checkpoint; the run begins again at step 0")
@@ -392,6 +359,8 @@ def _conclude(job: _Job, claim: folder.Claim, train: Source, held_out: Source, b
             f"stopped at step {job.step} of {job.steps}; continue with: mimfast pretrain --resume --out {job.folder}"
         )
         return
+    if job.world.device.type == "cpu":
+        _set_threads(spare=0)
     facts = report.Facts(job.recipe, job.folder, job.steps, job.seconds, len(train), len(held_out), bad)
     report.conclude(facts, job.method, train, held_out, job.world.device, job.screen)
     claim.mark("finished", job.step, job.steps)

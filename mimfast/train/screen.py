@@ -3,19 +3,19 @@
 import math
 import os
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 
 class Screen:
-    """Prints for one process. The live bar needs rich and a terminal; NO_COLOR turns the colours off, TERM=dumb the
-    bar.
-    """
+    """Prints for one process. The bar needs rich and a terminal; NO_COLOR turns colours off, TERM=dumb the bar."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self._bar: Any = None
-        self._task: Any = None
+        self._live: Any = None
+        self._move: Callable[[int], Any] = lambda step: None
+        self._write: Callable[[str], Any] = lambda text: None
         terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.live = terminal and not quiet and find_spec("rich") is not None
         self._colour = terminal and not os.environ.get("NO_COLOR")
@@ -27,11 +27,11 @@ class Screen:
         code = {"bold": "1", "dim": "2", "yellow": "33"}.get(style)
         if code and self._colour:
             text = f"\033[{code}m{text}\033[0m"
-        if self._bar is not None:
+        if self._live is not None:
             from rich.text import Text
 
-            # the bar moves down by itself
-            self._bar.console.print(Text.from_ansi(text), soft_wrap=True)
+            # the display moves down by itself
+            self._live.console.print(Text.from_ansi(text), soft_wrap=True)
         else:
             print(text, flush=True)
 
@@ -40,38 +40,41 @@ class Screen:
         self.say(f"warning: {text}", "yellow")
 
     def begin(self, step: int, steps: int) -> None:
-        """Start the display of the training loop."""
+        """Start the display of the training loop: a bar, and the numbers below it."""
         if not self.live:
             return
-        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.text import Text
 
-        columns = (
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[numbers]}"),
-        )
-        self._bar = Progress(*columns, refresh_per_second=4)
-        self._task = self._bar.add_task("", total=steps, completed=step, numbers="first batches ...")
-        self._bar.start()
+        progress = Progress(TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(), TimeElapsedColumn())
+        task = progress.add_task("", total=steps, completed=step)
+        numbers = Text("waiting for the first images")
+        self._move = lambda done: progress.update(task, completed=done)
+        self._write = lambda text: setattr(numbers, "plain", text)
+        console = Console(no_color=not self._colour)
+        self._live = Live(Group(progress, numbers), console=console, refresh_per_second=4)
+        self._live.start()
 
     def step(self, step: int) -> None:
         """Move the bar."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        if self._live is not None:
+            self._move(step)
 
     def line(self, line: dict[str, Any], steps: int) -> None:
         """Show one line of metrics."""
         numbers = "  ".join(_numbers(line, steps))
-        if self._bar is not None:
-            self._bar.update(self._task, numbers=numbers)
+        if self._live is not None:
+            self._write(numbers)
         else:
             self.say(f"step {line['step']:{len(str(steps))}d}/{steps}  {numbers}")
 
     def end(self) -> None:
-        """Stop the display of the loop."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Stop the display of the loop; its last state stays."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def table(self, title: str, head: list[str], rows: list[list[str]], notes: list[str]) -> None:
         """Print a small table, first row in bold, numbers to the right, notes below."""
