@@ -27,6 +27,7 @@ STREAM_ORDER = 3
 STREAM_REPLACE = 4
 STREAM_BLOCK = 5
 STREAM_TUBE = 6
+STREAM_COLOUR = 7
 
 MAX_WORDS = 1 << 26  # 24 bits of block number, four words each
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mimfast import philox
 
-# beside the streams of mimfast.philox; 8 words: order of channels, contrast, gain and offset of each channel
-STREAM_COLOUR = 5
+# words of STREAM_COLOUR: order of channels, contrast, gain and offset of each channel
+_WORDS = 8
 _ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
 
@@ -29,7 +29,7 @@ def recolour(img: Tensor, sample_ids: Tensor, epochs: Tensor, seed: int, strengt
     """
     if strength == 0:
         return img
-    draw_BN = philox.uniform(seed, STREAM_COLOUR, epochs, sample_ids, 8).float()
+    draw_BN = philox.uniform(seed, philox.STREAM_COLOUR, epochs, sample_ids, _WORDS).float()
     signed_BN = strength * (2 * draw_BN - 1)
     orders = torch.stack([_full(order, img) for order in _ORDERS])
     order_BC = orders[(draw_BN[:, 0] * len(_ORDERS)).long().clamp_max(len(_ORDERS) - 1)]
