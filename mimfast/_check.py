@@ -1,10 +1,13 @@
 """One format for every message about an argument: `op: argument has <found>, expected <wanted> because <reason>`."""
 
-from itertools import pairwise
-from typing import NoReturn
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from itertools import pairwise
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:  # `mimfast --help` and its mistakes need no torch
+    import torch
+    from torch import Tensor
 
 
 class UserError(ValueError):

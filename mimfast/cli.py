@@ -155,11 +155,11 @@ def _export(rest: list[str]) -> int:
 
 
 def _pretrain(rest: list[str]) -> int:
-    from mimfast.train.loop import pretrain
-
     recipe_and_resume = read_command(rest)
     if recipe_and_resume is None:
         return 0
+    from mimfast.train.loop import pretrain  # torch: help and mistakes do not wait for it
+
     outcome = pretrain(*recipe_and_resume)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
 
