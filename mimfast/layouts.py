@@ -301,24 +301,22 @@ def export(model: nn.Module, path: str | os.PathLike[str], layout: Layout = "tim
     return target
 
 
-def _export_hf(model: nn.Module, encoder: ViT, path: Path) -> None:
-    if encoder.grid[0] != encoder.grid[1]:
-        rows, columns = encoder.grid
-        fail(
-            "export",
-            "model",
-            f"grid {rows}x{columns}",
-            "a square grid",
-            "Hugging Face's ViTMAE builds its positions for square images",
-        )
+def _check_hf(model: nn.Module, encoder: ViT, path: Path) -> None:
+    """Raise for what Hugging Face's ViTMAE has no names or no place for."""
+    rows, columns = encoder.grid
+    if rows != columns:
+        reason = "Hugging Face's ViTMAE builds its positions for square images"
+        fail("export", "model", f"grid {rows}x{columns}", "a square grid", reason)
+    if isinstance(model, MAE) and not isinstance(model.decoder, ViTDecoder):
+        found, reason = f"a {type(model.decoder).__name__}", "Hugging Face's ViTMAE has no other; export the encoder"
+        fail("export", "model", found, "a ViTDecoder", reason)
     if path.is_file():
-        fail(
-            "export",
-            "path",
-            f"{str(path)!r}, a file",
-            "a folder",
-            "the layout 'hf' is config.json and model.safetensors",
-        )
+        reason = "the layout 'hf' is config.json and model.safetensors"
+        fail("export", "path", f"{str(path)!r}, a file", "a folder", reason)
+
+
+def _export_hf(model: nn.Module, encoder: ViT, path: Path) -> None:
+    _check_hf(model, encoder, path)
     full = isinstance(model, MAE)
     config = {
         "architectures": ["ViTMAEForPreTraining" if full else "ViTMAEModel"],

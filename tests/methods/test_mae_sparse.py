@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimfast import Mask
+from mimfast import Mask, export
 from mimfast._check import UserError
 from mimfast._images import normalize
 from mimfast.decoders import CrossDecoder, ViTDecoder
@@ -217,3 +217,10 @@ def test_crossmae_refuses() -> None:
         MAE(ViT(32, 8, 32, 2, 2, mask_token=True), ViTDecoder(32, (4, 4), 8, 16, 1, 2), Pixels(8))
     with pytest.raises(UserError, match="CrossDecoder: features has 1 maps, expected 3 because"):
         model.decoder([torch.zeros(2, 7, 32)], mask)
+
+
+def test_hugging_face_layout_refuses_a_cross_decoder(tmp_path):
+    encoder = ViT(32, patch=8, dim=32, depth=2, heads=2)
+    decoder = CrossDecoder(32, 3, encoder.grid, 8, dim=32, depth=1, heads=2)
+    with pytest.raises(UserError, match="export: model has a CrossDecoder, expected a ViTDecoder"):
+        export(MAE(encoder, decoder, Pixels(8)), tmp_path / "hf", layout="hf")
