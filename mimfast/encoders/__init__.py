@@ -21,7 +21,9 @@ class Encoder(Protocol):
     Attributes:
         stride: pixels per token side.
         dim: width of the tokens.
-        grid: (rows, columns) of the tokens a mask is made over.
+        prefix: tokens before those of the image in what a forward returns (class tokens).
+        img_size: (height, width) in pixels that `grid` belongs to; `at` gives the encoder for another.
+        grid: (rows, columns) of the tokens, row-major in what a forward returns; modes say which masks they take.
         config: the plain arguments that build it again, written beside its weights.
         mask_modes: ways it treats hidden tokens: "drop" (visible tokens only), "replace" (mask token), "mix" (two
             images), "sparse" (hidden positions stay empty), "paint" (hidden pixels are painted over, then encoded).
@@ -29,13 +31,19 @@ class Encoder(Protocol):
 
     stride: int
     dim: int
+    prefix: int
+    img_size: tuple[int, int]
     grid: tuple[int, int]
     mask_modes: frozenset[str]
 
     @property
     def config(self) -> dict[str, Any]: ...
 
-    def __call__(self, img: Tensor, mask: Mask | None = None, mode: str = "drop") -> Tensor: ...
+    def at(self, img_size: Size) -> "Encoder": ...
+
+    def __call__(
+        self, img: Tensor, mask: Mask | None = None, mode: str = "drop", *, colour: Tensor | None = None
+    ) -> Tensor: ...
 
 
 def require_mode(method: str, encoder: Encoder, mode: str) -> None:
