@@ -14,7 +14,7 @@ OP = "paint"
 
 
 def paint(
-    img: Tensor, mask: Mask, colour: Tensor, *, mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD
+    img: Tensor, mask: Mask, colour: Tensor | None, *, mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD
 ) -> Tensor:
     """Normalise the images and paint their hidden cells over; `colour` gets the summed gradient of its pixels.
 
@@ -30,7 +30,7 @@ def paint(
         UserError: images, a mask or a colour of another shape, dtype, batch or device; cells that are not whole pixels.
     """
     n = cell_of(img, mask)
-    check_colour(OP, colour, img)
+    colour = checked_colour(OP, colour, img)
     (rows, columns), B = mask.grid, img.shape[0]
     x_B3HW = normalize(img, mean, std)
     cells = x_B3HW.reshape(B, 3, rows, n, columns, n)
@@ -38,25 +38,26 @@ def paint(
     return torch.where(hidden, colour.to(cells.dtype).view(1, 3, 1, 1, 1, 1), cells).reshape(x_B3HW.shape)
 
 
-def cell_of(img: Tensor, mask: Mask) -> int:
+def cell_of(img: Tensor, mask: Mask, op: str = OP) -> int:
     """Pixels per side of a mask cell.
 
     Args:
         img: (B, 3, H, W), uint8 or floating point.
         mask: of the same batch, on the same device.
+        op: the name that a message begins with.
     Raises:
         UserError: another shape, dtype, batch or device, or cells that are not whole square pixels of the image.
     """
-    check_image(OP, img)
+    check_image(op, img)
     if mask.hidden.shape[0] != img.shape[0]:
         because = f"the batch holds {img.shape[0]} images"
-        fail(OP, "mask", f"batch {mask.hidden.shape[0]}", img.shape[0], because)
-    check_same_device(OP, img=img, mask=mask.hidden)
+        fail(op, "mask", f"batch {mask.hidden.shape[0]}", img.shape[0], because)
+    check_same_device(op, img=img, mask=mask.hidden)
     (height, width), (rows, columns) = img.shape[2:], mask.grid
     if mask.frames != 1 or height % rows or width % columns or height // rows != width // columns:
         found = f"grid {rows}x{columns}" + (f" with {mask.frames} frames" if mask.frames != 1 else "")
         because = f"the image of {height}x{width} px is cut into square cells of whole pixels, {height} / {rows} a side"
-        fail(OP, "mask", found, "a grid that divides the image", because)
+        fail(op, "mask", found, "a grid that divides the image", because)
     return height // rows
 
 
@@ -70,11 +71,12 @@ def check_image(op: str, img: Tensor) -> None:
         fail(op, "img", f"dtype {str(img.dtype)[6:]}", "uint8 or floating point", because)
 
 
-def check_colour(op: str, colour: Tensor | None, img: Tensor) -> None:
-    """Raise unless `colour` is one, on the device of `img`."""
+def checked_colour(op: str, colour: Tensor | None, img: Tensor) -> Tensor:
+    """`colour`; raises unless it is one, on the device of `img`."""
     if colour is None:
         fail(op, "colour", None, "a tensor (1, 3, 1, 1)", "mode 'paint' paints hidden pixels in that colour")
     if tuple(colour.shape) != (1, 3, 1, 1) or not colour.is_floating_point():
         found = f"shape {tuple(colour.shape)}, dtype {str(colour.dtype)[6:]}"
         fail(op, "colour", found, "(1, 3, 1, 1) floating point", "it is one colour in normalised colour space")
     check_same_device(op, img=img, colour=colour)
+    return colour
