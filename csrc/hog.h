@@ -174,6 +174,8 @@ HOG_BOTH void hog_cell(const HogImages& in, int64_t b, int c, int32_t i, int32_t
 class HogRows {
  public:
   explicit HogRows(const HogImages& in);
+  HogRows(const HogRows&) = delete;
+  HogRows& operator=(const HogRows&) = delete;
   int32_t pitch() const { return pitch_; }
   // [27, pitch] values of cells (i, 0..w-1) of image b, entry k = 9 colour + bin; kept until the next call
   const float* row(int64_t b, int32_t i);
@@ -182,7 +184,11 @@ class HogRows {
   HogImages in_;
   int32_t pitch_;
   std::vector<float> memory_;
+  float *pixels_, *values_, *weight_x_, *weight_y_;  // in memory_
 };
+
+// for tests: use instruction sets of at most so many bits, 128, 256 or 512
+void hog_simd_bits(int bits);
 
 // where the values go: R rows of u x u cells (tokens) for each image
 struct Hog {
