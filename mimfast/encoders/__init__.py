@@ -12,6 +12,7 @@ from mimfast.encoders.beit import BEiT as BEiT
 from mimfast.encoders.embed import PatchEmbedVisible as PatchEmbedVisible
 from mimfast.encoders.inputs import Size
 from mimfast.encoders.swin import Swin as Swin
+from mimfast.encoders.swinv2 import SwinV2 as SwinV2
 from mimfast.encoders.timm import Timm as Timm
 from mimfast.encoders.vit import ViT as ViT
 from mimfast.mask import Mask
@@ -21,6 +22,7 @@ __all__ = [
     "Encoder",
     "PatchEmbedVisible",
     "Swin",
+    "SwinV2",
     "Timm",
     "ViT",
     "build",
@@ -75,7 +77,7 @@ def require_mode(method: str, encoder: Encoder, mode: str) -> None:
 
 
 FAMILIES: dict[str, type[ViT] | type[BEiT]] = {"vit": ViT, "beit": BEiT}
-STAGED: dict[str, type[Swin]] = {"swin": Swin}
+STAGED: dict[str, type[Swin]] = {"swin": Swin, "swinv2": SwinV2}
 
 
 def names() -> list[str]:
@@ -169,9 +171,9 @@ def _build_staged(name: str, img_size: Size, given: dict[str, Any], drop_last: i
 
 
 def from_config(config: Mapping[str, Any]) -> Any:
-    """The encoder that a `config` describes, with fresh weights; one without a "name" is a ViT's."""
+    """The encoder that a `config` describes, with fresh weights; one without a "name" is a ViT's or a BEiT's."""
     arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
-    name = arguments.pop("name", "vit")
+    name = arguments.pop("name", "beit" if "relative" in config else "vit")
     if name.startswith("timm:"):
         return Timm(name.removeprefix("timm:"), **arguments)
     kinds: dict[str, Any] = {**FAMILIES, **STAGED}

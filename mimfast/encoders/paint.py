@@ -30,7 +30,7 @@ def paint(
         UserError: images, a mask or a colour of another shape, dtype, batch or device; cells that are not whole pixels.
     """
     n = cell_of(img, mask)
-    colour = check_colour(OP, colour, img)
+    colour = checked_colour(OP, colour, img)
     (rows, columns), B = mask.grid, img.shape[0]
     x_B3HW = normalize(img, mean, std)
     cells = x_B3HW.reshape(B, 3, rows, n, columns, n)
@@ -71,7 +71,7 @@ def check_image(op: str, img: Tensor) -> None:
         fail(op, "img", f"dtype {str(img.dtype)[6:]}", "uint8 or floating point", because)
 
 
-def check_colour(op: str, colour: Tensor | None, img: Tensor) -> Tensor:
+def checked_colour(op: str, colour: Tensor | None, img: Tensor) -> Tensor:
     """`colour`; raises unless it is one, on the device of `img`."""
     if colour is None:
         fail(op, "colour", None, "a tensor (1, 3, 1, 1)", "mode 'paint' paints hidden pixels in that colour")

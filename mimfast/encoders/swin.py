@@ -18,7 +18,7 @@ from mimfast.encoders.embed import PatchEmbedVisible
 from mimfast.encoders.fill import lists
 from mimfast.encoders.inputs import Size
 from mimfast.encoders.linear import linear
-from mimfast.encoders.paint import cell_of, check_colour, check_image, paint
+from mimfast.encoders.paint import cell_of, check_image, checked_colour, paint
 from mimfast.encoders.swin_names import official_names
 from mimfast.encoders.tables import geometric_resize
 from mimfast.encoders.windows import relative_index, shift_mask, window_attend, window_of
@@ -300,7 +300,7 @@ class Swin(nn.Module):
             assert self.mask_token is not None  # or the mode would have been refused
             row = self.mask_token.flatten()
         else:
-            colour = check_colour(self.name, colour, img)
+            colour = checked_colour(self.name, colour, img)
             if cell % PATCH:  # a patch may be hidden in part
                 return self.patch_embed(paint(img, mask, colour))
             row = self.patch_embed.colour(colour)

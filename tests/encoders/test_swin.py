@@ -234,6 +234,9 @@ def test_build_names_options_and_config() -> None:
     assert type(again) is Swin
     assert again.config == swin.config
     assert (swin.dim, swin.stride, swin.grid, swin.prefix) == (256, 32, (2, 2), 0)
+    for name in ("vit_nano8", "beit_nano"):
+        plain = encoders.build(name, 64)
+        assert type(encoders.from_config(plain.config)) is type(plain)
     cut = encoders.build("swin_nano", 64, drop_last=3)
     assert [len(stage.blocks) for stage in cut.layers] == [2, 2, 1, 0]
     assert cut(torch.zeros(1, 3, 64, 64)).shape == (1, 4, 256)
