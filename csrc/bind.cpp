@@ -249,6 +249,9 @@ PYBIND11_MODULE(_core, m) {
 
 #ifdef MIMFAST_CUDA
   m.def(
+      "hog_cuda", [](const mimfast::Hog& call, uintptr_t stream) { mimfast::hog_cuda(call, at<CUstream_st>(stream)); },
+      py::arg("call"), py::arg("stream"), release_gil());
+  m.def(
       "noop_cuda",
       [](uintptr_t x, uintptr_t y, int64_t n, uintptr_t stream) {
         mimfast::noop_cuda(at<const float>(x), at<float>(y), n, at<CUstream_st>(stream));

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #ifdef __CUDACC__
@@ -61,6 +62,18 @@ HOG_BOTH float hog_root(float x) {
 #endif
 }
 
+// x += dx and y += dy where a >= b; for CUDA as predicated additions, which the compiler would make of more
+// instructions
+HOG_BOTH void hog_add_from(float a, float b, int32_t& x, int32_t dx, int32_t& y, int32_t dy) {
+#ifdef __CUDA_ARCH__
+  asm("{\n\t.reg .pred p;\n\tsetp.ge.f32 p, %2, %3;\n\t@p add.s32 %0, %0, %4;\n\t@p add.s32 %1, %1, %5;\n\t}"
+      : "+r"(x), "+r"(y)
+      : "f"(a), "f"(b), "r"(dx), "r"(dy));
+#else
+  if (a >= b) x += dx, y += dy;
+#endif
+}
+
 // one pixel; weight is a fixed-point factor, see HogImages
 HOG_BOTH void hog_add(HogSums& sums, float gx, float gy, float weight) {
   const int32_t size = static_cast<int32_t>(hog_root(gx * gx + gy * gy) * weight);
@@ -69,9 +82,9 @@ HOG_BOTH void hog_add(HogSums& sums, float gx, float gy, float weight) {
   const int32_t opposed = gx * gy < 0.0f && !level4 ? size : 0;
   sums.from[0] += size;
   sums.opposed[0] += opposed;
-  if (across >= along * kHogTan1) sums.from[1] += size, sums.opposed[1] += opposed;
-  if (across >= along * kHogTan2) sums.from[2] += size, sums.opposed[2] += opposed;
-  if (across >= along * kHogTan3) sums.from[3] += size, sums.opposed[3] += opposed;
+  hog_add_from(across, along * kHogTan1, sums.from[1], size, sums.opposed[1], opposed);
+  hog_add_from(across, along * kHogTan2, sums.from[2], size, sums.opposed[2], opposed);
+  hog_add_from(across, along * kHogTan3, sums.from[3], size, sums.opposed[3], opposed);
   if (level4) sums.from[4] += size;
 }
 
@@ -96,6 +109,24 @@ HOG_BOTH float hog_factor(const HogImages& in, int c, const int32_t bins[kHogBin
 #else
   return 1.0f / std::sqrt(static_cast<float>(squares));
 #endif
+}
+
+HOG_BOTH void hog_finish(const HogImages& in, int c, const HogSums& sums, float values[kHogBins]) {
+  int32_t bins[kHogBins];
+  hog_histogram(sums, bins);
+  const float factor = hog_factor(in, c, bins);
+  for (int k = 0; k < kHogBins; ++k) values[k] = static_cast<float>(bins[k]) * factor;
+}
+
+// bits of a finite value as bfloat16, to nearest, ties to even
+HOG_BOTH uint16_t hog_bfloat16(float x) {
+#ifdef __CUDA_ARCH__
+  const uint32_t bits = __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+#endif
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
 // index of a pixel beyond the border by one: mirrored without repeating the edge
@@ -164,10 +195,27 @@ HOG_BOTH void hog_cell(const HogImages& in, int64_t b, int c, int32_t i, int32_t
       s_last[x] = s;
     }
   }
-  int32_t bins[kHogBins];
-  hog_histogram(sums, bins);
-  const float factor = hog_factor(in, c, bins);
-  for (int k = 0; k < kHogBins; ++k) values[k] = static_cast<float>(bins[k]) * factor;
+  hog_finish(in, c, sums, values);
+}
+
+// The same for a cell of any side, with or without a window: pixel by pixel, about twice the work.
+HOG_BOTH void hog_cell_any(const HogImages& in, int64_t b, int c, int32_t i, int32_t j, float values[kHogBins]) {
+  const uint8_t* plane = in.img + b * in.stride[0] + c * in.stride[1];
+  HogSums sums;
+  for (int32_t y = i * in.cell; y < (i + 1) * in.cell; ++y) {
+    const uint8_t* above = plane + hog_reflect(y - 1, in.height) * in.stride[2];
+    const uint8_t* middle = plane + y * in.stride[2];
+    const uint8_t* below = plane + hog_reflect(y + 1, in.height) * in.stride[2];
+    for (int32_t x = j * in.cell; x < (j + 1) * in.cell; ++x) {
+      const int64_t left = hog_reflect(x - 1, in.width) * in.stride[3], centre = x * in.stride[3],
+                    right = hog_reflect(x + 1, in.width) * in.stride[3];
+      const int gx = above[left] + 2 * middle[left] + below[left] - above[right] - 2 * middle[right] - below[right];
+      const int gy = above[left] + 2 * above[centre] + above[right] - below[left] - 2 * below[centre] - below[right];
+      const float weight = in.window > 0 ? in.weight[y % in.window] * in.weight[x % in.window] : in.unit;
+      hog_add(sums, static_cast<float>(gx), static_cast<float>(gy), weight);
+    }
+  }
+  hog_finish(in, c, sums, values);
 }
 
 // The values of whole rows of cells on the CPU, vectorised over the cells; one object for each thread.
