@@ -14,7 +14,7 @@ __device__ __forceinline__ void describe(const HogImages& in, int64_t b, int c, 
   if constexpr (kPath == HogPath::kAny)
     hog_cell_any(in, b, c, i, j, values);
   else
-    hog_cell<8, kPath == HogPath::kWords, kWindow>(in, b, c, i, j, values);
+    hog_cell<kPath == HogPath::kWords, kWindow>(in, b, c, i, j, values);
 }
 
 __device__ __forceinline__ void put(float* to, float x) { *to = x; }
