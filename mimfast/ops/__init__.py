@@ -4,6 +4,7 @@ Each op is one file with the name of its function. The functions are bound here,
 `mimfast.ops.<op>` would otherwise leave the *module* under the name of the function.
 """
 
+from mimfast.ops.hog import hog
 from mimfast.ops.local_norm import local_norm
 from mimfast.ops.mask_blockwise import mask_blockwise
 from mimfast.ops.mask_guided import mask_guided
@@ -16,6 +17,7 @@ from mimfast.ops.pixel_loss import pixel_loss
 from mimfast.ops.short_attention import short_attention
 
 __all__ = [
+    "hog",
     "local_norm",
     "mask_blockwise",
     "mask_guided",
