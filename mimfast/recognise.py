@@ -181,26 +181,41 @@ def _beit(weights: Weights, prefix: str, given: Given, method: str | None) -> di
     }
 
 
-def _swin(weights: Weights, prefix: str, given: Given, method: str | None) -> dict[str, Any]:  # noqa: ARG001
+def _swin(weights: Weights, prefix: str, given: Given, method: str | None) -> dict[str, Any]:
     state = official_names(weights.state, prefix)
     stages = range(_count(state, rf"{prefix}layers\.(\d+)\."))
     depths = [_count(state, rf"{prefix}layers\.{i}\.blocks\.(\d+)\.") for i in stages]
     width = state[f"{prefix}patch_embed.proj.weight"].shape[0]
     first = [f"{prefix}layers.{i}.blocks.0." for i in stages]
-    tables = [state.get(f"{block}attn.{TABLE}") for block in first]
-    if any(table is None for table in tables):
-        fail("load", "source", "the weights of a Swin V2", "those of a Swin", "its window cannot be read from them")
-    window = (isqrt(tables[0].shape[0]) + 1) // 2  # type: ignore[union-attr]
+    version, counted = ("swinv2", "logit_scale") if f"{first[0]}attn.logit_scale" in state else ("swin", TABLE)
+    heads = [state[f"{block}attn.{counted}"].shape[0 if version == "swinv2" else 1] for block in first]
+    window = _window(weights, f"{first[0]}attn.")
     stride = 4 * 2 ** (len(depths) - 1)
+    # the window grows with the image, but in V2 12 and 16 go with 192 and 256 px
+    side = weights.args.get("input_size") if method == "SimMIM" else None
+    side = side or window * (stride if version == "swin" or window <= 8 else 16)
+    size = given.img_size or (side, side)
     return {
-        "name": "swin",
-        "img_size": list(given.img_size or (window * stride, window * stride)),
+        "name": version,
+        "img_size": list(size),
         "embed_dim": width,
         "depths": depths,
-        "heads": [table.shape[1] for table in tables],  # type: ignore[union-attr]
+        "heads": heads,
+        "window": None if min(size) == window * stride or (version == "swin" and given.img_size) else window,
         "mlp_ratio": state[f"{first[0]}mlp.fc1.weight"].shape[0] / width,
         "mask_token": f"{prefix}mask_token" in state,
     }
+
+
+def _window(weights: Weights, attn: str) -> int:
+    """Side of the window, from the table or what is stored beside weights."""
+    state = weights.state
+    if f"{attn}{TABLE}" in state:
+        return (isqrt(len(state[f"{attn}{TABLE}"])) + 1) // 2
+    if f"{attn}relative_position_index" in state:
+        return isqrt(len(state[f"{attn}relative_position_index"]))
+    weights.notes.append("assumed windows of 8 tokens, which the source does not say")
+    return 8
 
 
 def _pvt(weights: Weights, prefix: str, given: Given, method: str | None) -> dict[str, Any]:
@@ -245,7 +260,8 @@ def _fastmim(weights: Weights, encoder: dict[str, Any], kind: str, given: Given)
 def _simmim(weights: Weights, encoder: dict[str, Any], kind: str, given: Given) -> dict[str, Any]:  # noqa: ARG001
     ratio = _first("ratio", 0.6, weights.notes, given.ratio, weights.args.get("mask_ratio"))
     target = {"type": "Pixels", "norm": False, "kind": "l1", "order": "cpq"}
-    return {"method": "SimMIM", "encoder": encoder, "target": target, "ratio": ratio, "block": 32}
+    block = weights.args.get("block_size") or 32
+    return {"method": "SimMIM", "encoder": encoder, "target": target, "ratio": ratio, "block": block}
 
 
 def _maskfeat(weights: Weights, encoder: dict[str, Any], kind: str, given: Given) -> dict[str, Any]:  # noqa: ARG001
