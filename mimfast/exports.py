@@ -75,11 +75,10 @@ def _official(model: nn.Module, layout: str) -> tuple[dict[str, Tensor], dict[st
     if not isinstance(found, kind) or not isinstance(found.encoder, (ViT, BEiT, Swin, Timm)):
         _refuse(model, layout, "a MAE over a ViT, or a ViT" if layout == "mae" else f"a {kind.__name__}")
     state = found.state_dict()
-    if isinstance(found.encoder, Timm):
-        rename = pvt_names.official_name if found.encoder.name.startswith("pvt_v2") else str
-        own = "encoder.model."
+    if isinstance(found.encoder, Timm) and found.encoder.name.startswith("pvt_v2"):
+        own = "encoder."
         state = {
-            f"encoder.{rename(key.removeprefix(own))}" if key.startswith(own) else key: value
+            own + pvt_names.official_name(key.removeprefix(own)) if key.startswith(own) else key: value
             for key, value in state.items()
         }
     return state, found.config
@@ -94,7 +93,7 @@ def _timm(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if state.pop("mask_token", None) is not None:
         config["mask_token"] = False
     if isinstance(encoder, Timm):
-        return {key.removeprefix("model."): value for key, value in state.items()}, config
+        return state, config
     if isinstance(encoder, Swin):
         return timm_names(state), config
     if isinstance(encoder, BEiT):

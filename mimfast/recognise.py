@@ -23,7 +23,6 @@ OWN_TABLE = f"attn.{TABLE}"
 BUFFERS = re.compile(r"hogs\..*|(.*\.)?(relative_position_index|relative_coords_table|attn_mask|k_bias)")
 # of the published ViTs, by width
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-PVT_NAMES = ("patch_embed1.proj.weight", "stages.0.blocks.0.attn.kv.weight", "model.stages.0.blocks.0.attn.kv.weight")
 PVT = {
     ((32, 64, 160, 256), (2, 2, 2, 2)): "pvt_v2_b0",
     ((64, 128, 320, 512), (2, 2, 2, 2)): "pvt_v2_b1",
@@ -62,7 +61,7 @@ def recognise(weights: Weights, given: Given) -> Found | None:
     named = not {"name", "relative"}.isdisjoint(own.get("encoder", own))
     if method == "MAE" or (method is None and not named and kind in (None, "vit")) or not (own or kind):
         return None
-    state = _ours(weights.state, prefix, kind, own)
+    state = _ours(weights.state, prefix, kind)
     if own:
         return Found("mimfast", _resized_config(own, given), state)
     assert kind is not None
@@ -91,7 +90,7 @@ def _backbone(state: Mapping[str, Tensor], prefix: str) -> str | None:
     if has("stem_conv1.weight"):
         reason = "there is no CMT here and timm has none"
         fail("load", "source", "the weights of a CMT", "a ViT, BEiT, Swin or PVTv2", reason)
-    if any(map(has, PVT_NAMES)):
+    if has("patch_embed1.proj.weight") or has("stages.0.blocks.0.attn.kv.weight"):
         return "pvt"
     if has("layers.0.blocks.0.attn.qkv.weight"):
         return "swin"
@@ -100,23 +99,17 @@ def _backbone(state: Mapping[str, Tensor], prefix: str) -> str | None:
     return "vit" if has("blocks.0.attn.qkv.weight") else None
 
 
-def _ours(state: Mapping[str, Tensor], prefix: str, kind: str | None, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _ours(state: Mapping[str, Tensor], prefix: str, kind: str | None) -> dict[str, Tensor]:
     """The state under the names of our modules, without what is computed from the sizes."""
     found = {key: value for key, value in state.items() if not BUFFERS.fullmatch(key)}
     if kind == "swin":
         return official_names(found, prefix)
-    own = str(config.get("encoder", config).get("name", ""))
-    inner = f"{prefix}model."
-    if (kind == "pvt" or own.startswith("timm:")) and not any(key.startswith(inner) for key in found):
-        outer = {key: value for key, value in found.items() if not key.startswith(prefix) or _is_methods(key)}
-        rename = pvt_names.timm_name if kind == "pvt" else str
-        body = {key: value for key, value in found.items() if key not in outer}
-        return outer | {inner + rename(key.removeprefix(prefix)): value for key, value in body.items()}
+    if kind == "pvt":
+        return {
+            prefix + pvt_names.timm_name(key.removeprefix(prefix)) if key.startswith(prefix) else key: value
+            for key, value in found.items()
+        }
     return found
-
-
-def _is_methods(key: str) -> bool:
-    return key == "mask_token" or key.startswith(("decoder_", "decoder.", "pred_head."))
 
 
 def _resized_config(config: dict[str, Any], given: Given) -> dict[str, Any]:
@@ -219,15 +212,17 @@ def _window(weights: Weights, attn: str) -> int:
 
 
 def _pvt(weights: Weights, prefix: str, given: Given, method: str | None) -> dict[str, Any]:
-    state = {key: value for key, value in weights.state.items() if key.startswith(prefix)}
-    inner = {pvt_names.official_name(key.removeprefix(prefix).removeprefix("model.")) for key in state}
-    depths = tuple(_count(inner, rf"block{s}\.(\d+)\.") for s in (1, 2, 3, 4))
-    by_name = {pvt_names.official_name(k.removeprefix(prefix).removeprefix("model.")): v for k, v in state.items()}
-    dims = tuple(by_name[f"patch_embed{s}.proj.weight"].shape[0] for s in (1, 2, 3, 4))
+    state = {
+        pvt_names.official_name(key.removeprefix(prefix)): value
+        for key, value in weights.state.items()
+        if key.startswith(prefix)
+    }
+    depths = tuple(_count(state, rf"block{s}\.(\d+)\.") for s in (1, 2, 3, 4))
+    dims = tuple(state[f"patch_embed{s}.proj.weight"].shape[0] for s in (1, 2, 3, 4))
     name = PVT.get((dims, depths))
     if name is None:
         fail("load", "source", f"a PVTv2 with widths {dims} and depths {depths}", "pvt_v2_b0 to b5", "timm has these")
-    if name == "pvt_v2_b2" and "block4.0.attn.sr.weight" in by_name:
+    if name == "pvt_v2_b2" and "block4.0.attn.sr.weight" in state:
         name = "pvt_v2_b2_li"
     size = given.img_size or ((128, 128) if method == "FastMIM" else (224, 224))
     return {"name": f"timm:{name}", "img_size": list(size)}
