@@ -23,7 +23,7 @@ OWN_TABLE = f"attn.{TABLE}"
 BUFFERS = re.compile(r"hogs\..*|(.*\.)?(relative_position_index|relative_coords_table|attn_mask|k_bias)")
 # of the published ViTs, by width
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-PVT = {
+PVT: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {
     ((32, 64, 160, 256), (2, 2, 2, 2)): "pvt_v2_b0",
     ((64, 128, 320, 512), (2, 2, 2, 2)): "pvt_v2_b1",
     ((64, 128, 320, 512), (3, 4, 6, 3)): "pvt_v2_b2",
@@ -132,12 +132,12 @@ def _vit(weights: Weights, prefix: str, given: Given, method: str | None) -> dic
     heads = given.heads
     if heads is None and method == "FastMIM":
         heads = max(1, dim // 128)
-        more = "as FastMIM pre-trains with; it fine-tunes with twice as many"
-        notes.append(f"assumed heads={heads}, {more}; pass heads= if it is another")
+        why = "as FastMIM pre-trains with; it fine-tunes with twice as many"
+        notes.append(f"assumed heads={heads}, {why}; pass heads= if it is another")
     elif heads is None:
         heads = HEADS.get(dim, max(1, dim // 64))
         notes.append(f"assumed heads={heads} at width {dim}; pass heads= if it is another")
-    more = {"positions": "learned", "mask_token": True} if method == "MaskFeat" else {}
+    more: dict[str, Any] = {"positions": "learned", "mask_token": True} if method == "MaskFeat" else {}
     return {
         "img_size": list(given.img_size or _side(state[f"{prefix}pos_embed"].shape[1] - 1, patch)),
         "patch": patch,

@@ -369,3 +369,5 @@ def test_refuses(tmp_path: Path) -> None:
     feature = build("maskfeat vit")
     with pytest.raises(UserError, match="export: model has a ViT without its final norm, expected the whole MaskFeat"):
         export(feature.encoder, tmp_path / "x.safetensors", "timm")
+    with pytest.raises(UserError, match="export: model has a ViT with a mask token, expected one without because"):
+        export(feature.encoder, tmp_path / "x", "hf")
