@@ -89,7 +89,9 @@ class LocalNormPixels(nn.Module):
     def __init__(self, patch: int, window: int = 47, kind: Kind = "l1") -> None:
         super().__init__()
         if window < 1 or window % 2 == 0:
-            fail("LocalNormPixels", "window", window, "an odd number of pixels", "a pixel is in the middle of its window")
+            fail(
+                "LocalNormPixels", "window", window, "an odd number of pixels", "a pixel is in the middle of its window"
+            )
         self.patch, self.window, self.kind = patch, window, kind
         self.dim = patch * patch * 3
 
