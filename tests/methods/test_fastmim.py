@@ -265,6 +265,7 @@ def test_build_follows_the_authors() -> None:
             assert module.bias is None or not module.bias.any(), name
     assert (vit.ratio, vit.block, swin.block) == (0.75, 8, 32)
     assert FastMIM.build("vit_nano8", 64, drop_last=1).encoder.depth == 3
+    assert FastMIM.build("swin_nano", 64, embed_dim=16, drop_last=3).encoder.depths == (2, 2, 1, 0)
 
 
 def test_refuses_wrong_parts() -> None:
