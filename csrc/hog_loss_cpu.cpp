@@ -28,13 +28,22 @@ void spread(const float* values, int64_t pitch, int64_t across, int64_t u, int64
 
 // sets what does not count to zero: the cells of the visible parts of a token
 template <typename Value>
-void zero_parts(const uint8_t* counts, int64_t cells, Value* values) {
+MIMFAST_INLINE void zero_parts(const int32_t* counts, int64_t cells, Value* values) {
   for (int k = 0; k < 27; ++k, values += cells)
-    for (int64_t cell = 0; cell < cells; ++cell)
-      if (counts[cell] == 0) values[cell] = Value{};
+    for (int64_t cell = 0; cell < cells; ++cell) values[cell] = counts[cell] != 0 ? values[cell] : Value{};
 }
 
-MIMFAST_CLONES void score_token(const LossRows& rows, int64_t i, const float* target, float weight, float* losses) {
+MIMFAST_CLONES void zero_parts_of(const LossRows& rows, int64_t i, const int32_t* counts, int64_t cells,
+                                  float* losses) {
+  zero_parts(counts, cells, losses);
+  if (rows.grad == nullptr) return;
+  if (rows.pred_bf16)
+    zero_parts(counts, cells, static_cast<uint16_t*>(rows.grad) + i * rows.values);
+  else
+    zero_parts(counts, cells, static_cast<float*>(rows.grad) + i * rows.values);
+}
+
+MIMFAST_CLONES void score_row_of(const LossRows& rows, int64_t i, const float* target, float weight, float* losses) {
   score_row(rows, i, target, 1.0f, weight, losses);
 }
 
@@ -53,8 +62,13 @@ class Scorer {
         targets_(static_cast<size_t>(across_ * call.rows.values)),
         scratch_(static_cast<size_t>(call.rows.values)),
         counts_(static_cast<size_t>(call.side * call.side)),
+        part_of_(counts_.size()),
         first_(static_cast<size_t>(down_)),
-        next_(call.rows.index != nullptr ? static_cast<size_t>(call.rows.rows) : 0) {}
+        next_(call.rows.index != nullptr ? static_cast<size_t>(call.rows.rows) : 0) {
+    const int64_t u = call.side, v = call.parts, own = u / v;
+    for (int64_t cell = 0; cell < u * u; ++cell)
+      part_of_[static_cast<size_t>(cell)] = cell / u / own * across_ * v + cell % u / own;
+  }
 
   // what is in row t of the tokens of image b
   void score(int64_t b, int64_t t) {
@@ -65,20 +79,19 @@ class Scorer {
       if (first_[static_cast<size_t>(t)] < 0) return;
       describe(b, t);
       for (int64_t m = first_[static_cast<size_t>(t)]; m >= 0; m = next_[static_cast<size_t>(m)])
-        score_whole(b * rows.rows + m, rows.index[b * rows.rows + m] % across_);
+        score_token(b * rows.rows + m, rows.index[b * rows.rows + m] % across_, true);
       return;
     }
     described_ = false;
     for (int64_t x = 0; x < across_; ++x) {
-      const int64_t i = b * rows.rows + t * across_ + x, hidden = count(b, t, x), v = call_.parts;
+      const int64_t i = b * rows.rows + t * across_ + x, hidden = count(b, t, x);
       if (hidden == 0) {
         losses_[i] = 0.0f;
         zero_row(rows, i);
         continue;
       }
       if (!described_) describe(b, t);
-      score_whole(i, x);
-      if (hidden < v * v) drop_parts(i);
+      score_token(i, x, hidden == static_cast<int64_t>(counts_.size()));
     }
   }
 
@@ -93,36 +106,20 @@ class Scorer {
     described_ = true;
   }
 
-  void score_whole(int64_t i, int64_t x) {
+  void score_token(int64_t i, int64_t x, bool whole) {
     const int64_t n = call_.rows.values;
-    score_token(call_.rows, i, targets_.data() + x * n, weight_, scratch_.data());
+    score_row_of(call_.rows, i, targets_.data() + x * n, weight_, scratch_.data());
+    if (!whole) zero_parts_of(call_.rows, i, counts_.data(), static_cast<int64_t>(counts_.size()), scratch_.data());
     losses_[i] = sum_of(scratch_.data(), n);
   }
 
-  // hidden parts of token (t, x), and in counts_ which of its cells are in one
+  // hidden cells of token (t, x), and which in counts_
   int64_t count(int64_t b, int64_t t, int64_t x) {
-    const int64_t v = call_.parts, u = call_.side, cells = u / v;
-    const bool* map = call_.rows.map + (b * down_ * v + t * v) * across_ * v + x * v;
-    if (v == 1) return *map ? 1 : 0;
+    const int64_t v = call_.parts;
+    const bool* map = call_.rows.map + (b * down_ + t) * v * v * across_ + x * v;
     int64_t hidden = 0;
-    for (int64_t y = 0; y < u; ++y)
-      for (int64_t z = 0; z < u; ++z) {
-        counts_[static_cast<size_t>(y * u + z)] = map[y / cells * across_ * v + z / cells];
-        hidden += y % cells == 0 && z % cells == 0 && map[y / cells * across_ * v + z / cells] ? 1 : 0;
-      }
+    for (size_t cell = 0; cell < counts_.size(); ++cell) hidden += counts_[cell] = map[part_of_[cell]] ? 1 : 0;
     return hidden;
-  }
-
-  void drop_parts(int64_t i) {
-    const LossRows& rows = call_.rows;
-    const int64_t cells = static_cast<int64_t>(counts_.size());
-    zero_parts(counts_.data(), cells, scratch_.data());
-    losses_[i] = sum_of(scratch_.data(), rows.values);
-    if (rows.grad == nullptr) return;
-    if (rows.pred_bf16)
-      zero_parts(counts_.data(), cells, static_cast<Bfloat16*>(rows.grad) + i * rows.values);
-    else
-      zero_parts(counts_.data(), cells, static_cast<float*>(rows.grad) + i * rows.values);
   }
 
   // lists of the rows of image b by row of tokens
@@ -149,7 +146,8 @@ class Scorer {
   float* losses_;
   int64_t across_, down_;
   std::vector<float> targets_, scratch_;  // [across, D], [D]
-  std::vector<uint8_t> counts_;           // [u, u]
+  std::vector<int32_t> counts_;           // [u, u]
+  std::vector<int64_t> part_of_;          // [u, u], where the map has the part of a cell, from that of the first
   std::vector<int64_t> first_, next_;
   int64_t image_ = -1;
   bool described_ = false;

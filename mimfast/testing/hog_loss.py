@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mimfast._images import normalize as normalized
 from mimfast.testing.hog import LAYOUTS, PICTURES, layer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -88,18 +89,10 @@ def as_cells(hidden: Tensor, grid: tuple[int, int], u: int) -> Tensor:
     return fine.view(B, rows, u, cols, u).transpose(2, 3).reshape(B, rows * cols, u * u)
 
 
-def usual(
-    pred: Tensor, img: Tensor, hidden: Tensor, patch: int, cell: int = 8, normalize: bool = True,
-    gaussian_window: int = 0, **_: object,
-) -> Tensor:  # fmt: skip
+def usual(pred: Tensor, img: Tensor, hidden: Tensor, patch: int, cell: int = 8, **rule: Any) -> Tensor:
     """What is usual: the layer on the normalised image, tokens, hidden ones picked, mean squared error."""
-    from mimfast._images import normalize as normalized
-
     u, grid = patch // cell, (img.shape[2] // patch, img.shape[3] // patch)
-    with torch.no_grad():
-        dense = layer(normalized(img), cell, window=gaussian_window, norm=normalize)
-        tiles = dense.unflatten(3, (grid[1], u)).unflatten(2, (grid[0], u))
-        target_BLD = tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    target_BLD = _usual_target(img, patch, cell, **rule)
     if hidden.dtype == torch.int64:
         return (pred - target_BLD.gather(1, hidden[..., None].expand_as(pred))).square().mean()
     if hidden.shape[1] == pred.shape[1]:
@@ -107,3 +100,22 @@ def usual(
     cells = as_cells(hidden, grid, u)
     split = [x.unflatten(2, (27, u * u)).transpose(2, 3)[cells] for x in (pred, target_BLD)]
     return (split[0] - split[1]).square().mean()
+
+
+def usual_weighted(pred: Tensor, img: Tensor, hidden: Tensor, patch: int, cell: int = 8, **rule: Any) -> Tensor:
+    """The same without a boolean index, which a compiler cannot take into its graph."""
+    if hidden.dtype == torch.int64:
+        return usual(pred, img, hidden, patch, cell, **rule)
+    u, grid = patch // cell, (img.shape[2] // patch, img.shape[3] // patch)
+    weight_BLD = as_cells(hidden, grid, u).repeat(1, 1, 27).to(torch.float32)
+    return ((pred - _usual_target(img, patch, cell, **rule)).square() * weight_BLD).sum() / weight_BLD.sum()
+
+
+@torch.no_grad()
+def _usual_target(
+    img: Tensor, patch: int, cell: int, normalize: bool = True, gaussian_window: int = 0, **_: object
+) -> Tensor:  # fmt: skip
+    u, grid = patch // cell, (img.shape[2] // patch, img.shape[3] // patch)
+    dense = layer(normalized(img), cell, window=gaussian_window, norm=normalize)
+    tiles = dense.unflatten(3, (grid[1], u)).unflatten(2, (grid[0], u))
+    return tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
