@@ -85,6 +85,9 @@ def _as_type(name: str, value: Any, kind: Any, where: str) -> Any:
         return _as_type(name, value, next(k for k in options if k is not type(None)), where)
     if origin is Literal and value in options:
         return value
+    if origin is tuple and isinstance(value, list | tuple):
+        # any number of values of one type
+        options = options[:1] * len(value) if options[-1] is Ellipsis else options
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(options):
         return tuple(_as_type(name, v, k, where) for v, k in zip(value, options))
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
@@ -100,7 +103,9 @@ def _words(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(repr(o) for o in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return f"{len(typing.get_args(kind))} numbers"
+        options = typing.get_args(kind)
+        many = {int: "whole numbers", float: "numbers", str: "texts"}[options[0]]
+        return f"a list of {many}" if options[-1] is Ellipsis else f"{len(options)} {many}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
 
 
@@ -174,7 +179,7 @@ def _toml_value(value: Any) -> str:
 
 def check(recipe: Recipe) -> Recipe:
     """The recipe itself, after tests that need no image. Raises UserError naming the first bad value."""
-    for good, name, wanted, because in [*_network_rules(recipe), *_training_rules(recipe)]:
+    for good, name, wanted, because in [*_network_rules(recipe), *_schedule_rules(recipe), *_training_rules(recipe)]:
         if not good:
             section, key = name.split(".")
             found = getattr(getattr(recipe, section), key)
@@ -194,6 +199,9 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
         (size > 0, "model.img_size", "a positive number of pixels", "it is the side of the training crop"),
         (patch is None or patch > 0, "model.patch", "a positive number of pixels", "it is the side of a patch"),
         (0 < data.holdout < 1, "data.holdout", "a fraction between 0 and 1", "the final table needs unseen images"),
+        (0 <= model.drop_path < 1, "model.drop_path", "0 <= drop_path < 1", "it is a probability"),
+        (model.drop_last >= 0, "model.drop_last", "0 or more", "it is a number of blocks"),
+        (model.drop_last == 0 or model.method == "fastmim", "model.drop_last", "0", "only fastmim leaves blocks out"),
     ]
     if patch:
         why = f"patches are {patch} px and {size} = {size // patch} * {patch} + {size % patch}"
@@ -206,6 +214,47 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
         (data.workers is None or data.workers >= 0, "data.workers", "0 or more", "it is a number of threads"),
     ]
     return rules
+
+
+def _schedule_rules(recipe: Recipe) -> list[_Rule]:
+    """Rules of the sections that make a run change while it lasts."""
+    progress, optim, model = recipe.progress, recipe.optim, recipe.model
+    sizes, starts, batches = progress.sizes, progress.starts, progress.batch_sizes
+    ascending = all(a < b for a, b in zip(optim.milestones, optim.milestones[1:]))
+    rules: list[_Rule] = [
+        (optim.warmup_lr >= 0, "optim.warmup_lr", "0 or more", "it is a learning rate"),
+        (
+            ascending and all(0 < milestone < 1 for milestone in optim.milestones),
+            "optim.milestones",
+            "ascending fractions between 0 and 1",
+            "they are parts of the run",
+        ),
+        (
+            not optim.milestones or optim.schedule == "multistep",
+            "optim.milestones",
+            "none",
+            f"optim.schedule is {optim.schedule!r}",
+        ),
+    ]
+    if not sizes:
+        off = "there is no schedule without progress.sizes"
+        return [
+            *rules,
+            (not batches, "progress.batch_sizes", "none", off),
+            (not starts, "progress.starts", "none", off),
+        ]
+    count = len(sizes)
+    parts = starts == () or (starts[0] == 0 and all(a < b for a, b in zip(starts, (*starts[1:], 1.0))))
+    return [
+        *rules,
+        (all(size > 0 for size in sizes), "progress.sizes", "positive numbers", "they are sides of crops in pixels"),
+        (model.method != "mae", "progress.sizes", "none", "MAE's encoder sees one size; fastmim follows a schedule"),
+        (model.img_size == sizes[-1], "model.img_size", str(sizes[-1]), "it is the last of progress.sizes"),
+        (len(batches) in (0, count), "progress.batch_sizes", f"{count} numbers or none", f"there are {count} stages"),
+        (all(batch > 0 for batch in batches), "progress.batch_sizes", "1 or more", "a step needs images"),
+        (len(starts) in (0, count), "progress.starts", f"{count} numbers or none", f"there are {count} stages"),
+        (parts, "progress.starts", "0 first, then ascending fractions below 1", "they are parts of the run"),
+    ]
 
 
 def _training_rules(recipe: Recipe) -> list[_Rule]:

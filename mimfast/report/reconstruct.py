@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mimfast import recipes
 from mimfast._images import IMAGENET_MEAN, IMAGENET_STD, normalize, per_channel
-from mimfast.data.crop import CropConfig
 from mimfast.data.loader import Loader
 from mimfast.data.sources import Source, Subset
 from mimfast.mask import Mask
@@ -67,13 +67,14 @@ def score(method: Any, held_out: Source, recipe: Recipe, device: torch.device, w
 
     count = min(len(held_out), recipe.score.images)
     chosen = Subset(held_out, np.linspace(0, len(held_out) - 1, count).round().astype(np.int64))
-    crop = CropConfig(recipe.data.crop_scale, recipe.data.crop_ratio, recipe.data.flip)
     total = dict.fromkeys((MODEL, MEAN, NEAREST, LINEAR), 0.0)
     pictures: list[tuple[Tensor, Tensor, Tensor]] = []
     # a batch is one view of up to 32 images; an epoch of the loader shows every image once
     batch = next(n for n in range(min(count, 32), 0, -1) if count % n == 0)
     batches = recipe.score.views * (count // batch)
-    with Loader(chosen, recipe.model.img_size, batch, recipe.train.seed, workers=workers, crop=crop) as loader:
+    with Loader(
+        chosen, recipe.model.img_size, batch, recipe.train.seed, workers=workers, crop=recipes.crop(recipe)
+    ) as loader:
         for _ in range(batches):
             img, ids, epochs, _labels = next(loader)
             img, ids, epochs = img.to(device), ids.to(device), epochs.to(device)
