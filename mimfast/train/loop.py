@@ -27,7 +27,7 @@ from mimfast.train.optim import guarded_step, make_optimizer, set_lr
 from mimfast.train.recolour import recolour
 from mimfast.train.schedule import lr_at
 from mimfast.train.screen import Screen
-from mimfast.train.stages import Course, Stage, course_of
+from mimfast.train.stages import Course, Stage, check_shares, course_of, try_sizes
 from mimfast.train.stop import Stop
 
 # steps in a row without a finite gradient after which a run gives up
@@ -99,14 +99,14 @@ def _pretrain(recipe: Recipe, resume: bool, world: parallel.World, screen: Scree
         _set_threads(spare=1)
     train, held_out = _open(recipe)
     course = course_of(recipe, len(train))
-    _check_shares(recipe, course, world)
+    check_shares(recipe, course, world.size)
     torch.manual_seed(recipe.train.seed)
     # built before the folder is claimed, so that a network that cannot be built leaves nothing behind
     method: Any = recipes.build(recipe).to(world.device)
     optim = recipe.optim
     optimizer = make_optimizer(method, optim.betas, optim.weight_decay, optim.no_decay)
     if recipe.progress.sizes:
-        _try_sizes(method, course, world.device)
+        try_sizes(method, course, world.device)
     claim, recipe = _claim(recipe, resume, world)
     try:
         out = Path(str(recipe.run.out))
@@ -168,35 +168,6 @@ def _open(recipe: Recipe) -> tuple[Source, Source]:
             "probes out"
         )
     return source, held_out
-
-
-def _check_shares(recipe: Recipe, course: Course, world: parallel.World) -> None:
-    """Raise UserError unless every batch can be shared by the processes."""
-    name = "progress.batch_sizes" if recipe.progress.batch_sizes else "optim.batch_size"
-    for stage in course.stages:
-        if stage.batch_size % world.size:
-            raise UserError(
-                f"pretrain: {name} has {stage.batch_size}, expected a multiple of {world.size} because "
-                f"{world.size} processes share it"
-            )
-
-
-def _try_sizes(method: Any, course: Course, device: torch.device) -> None:
-    """One forward pass of each size, so that one the network cannot take is told now and not hours later."""
-    method.eval()
-    for stage in course.stages:
-        img = torch.zeros(1, 3, stage.img_size, stage.img_size, dtype=torch.uint8, device=device)
-        with torch.no_grad():
-            method(
-                img,
-                method.sample_mask(
-                    1,
-                    sample_ids=torch.zeros(1, dtype=torch.int64, device=device),
-                    device=device,
-                    img_size=stage.img_size,
-                ),
-            )
-    method.train()
 
 
 def _claim(recipe: Recipe, resume: bool, world: parallel.World) -> tuple[folder.Claim | None, Recipe]:

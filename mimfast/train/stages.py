@@ -7,7 +7,11 @@ in images, so that a stage of a quarter is a quarter of the epochs whatever its 
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from mimfast._check import UserError
 from mimfast.recipes import Recipe
 
 
@@ -86,3 +90,32 @@ def _stages(recipe: Recipe) -> tuple[list[int], list[int], list[float]]:
     starts = progress.starts or tuple(i / len(progress.sizes) for i in range(len(progress.sizes)))
     shares = [end - start for start, end in zip(starts, (*starts[1:], 1.0))]
     return list(progress.sizes), list(progress.batch_sizes) or [whole] * len(shares), shares
+
+
+def check_shares(recipe: Recipe, course: Course, processes: int) -> None:
+    """Raise UserError unless every batch can be shared by the processes."""
+    name = "progress.batch_sizes" if recipe.progress.batch_sizes else "optim.batch_size"
+    for stage in course.stages:
+        if stage.batch_size % processes:
+            raise UserError(
+                f"pretrain: {name} has {stage.batch_size}, expected a multiple of {processes} because "
+                f"{processes} processes share it"
+            )
+
+
+def try_sizes(method: Any, course: Course, device: torch.device) -> None:
+    """One forward pass of each size, so that one the network cannot take is told now and not hours later."""
+    method.eval()
+    for stage in course.stages:
+        img = torch.zeros(1, 3, stage.img_size, stage.img_size, dtype=torch.uint8, device=device)
+        with torch.no_grad():
+            method(
+                img,
+                method.sample_mask(
+                    1,
+                    sample_ids=torch.zeros(1, dtype=torch.int64, device=device),
+                    device=device,
+                    img_size=stage.img_size,
+                ),
+            )
+    method.train()
