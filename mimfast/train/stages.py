@@ -108,14 +108,8 @@ def try_sizes(method: Any, course: Course, device: torch.device) -> None:
     method.eval()
     for stage in course.stages:
         img = torch.zeros(1, 3, stage.img_size, stage.img_size, dtype=torch.uint8, device=device)
+        first = torch.zeros(1, dtype=torch.int64, device=device)
+        mask = method.sample_mask(1, sample_ids=first, device=device, img_size=stage.img_size)
         with torch.no_grad():
-            method(
-                img,
-                method.sample_mask(
-                    1,
-                    sample_ids=torch.zeros(1, dtype=torch.int64, device=device),
-                    device=device,
-                    img_size=stage.img_size,
-                ),
-            )
+            method(img, mask)
     method.train()
