@@ -130,33 +130,29 @@ mimfast::PatchGather make_patch_gather(uintptr_t img, const std::string& img_typ
           pixel_type(out_type)};
 }
 
-mimfast::PixelLoss make_pixel_loss(uintptr_t pred, bool pred_bf16, std::array<int64_t, 2> pred_stride, uintptr_t img,
-                                   bool img_uint8, std::array<int64_t, 4> img_stride, uintptr_t map, uintptr_t index,
-                                   int64_t batch, int64_t rows, int32_t grid_rows, int32_t grid_cols, int32_t patch,
-                                   bool norm, int32_t kind, std::array<float, 3> mean, std::array<float, 3> std,
-                                   float eps, float beta, float upstream, uintptr_t loss, uintptr_t grad) {
+mimfast::LossRows make_loss_rows(uintptr_t pred, bool pred_bf16, std::array<int64_t, 2> pred_stride, uintptr_t map,
+                                 uintptr_t index, int64_t batch, int64_t rows, int64_t tokens, int64_t values,
+                                 int32_t kind, float beta, float upstream, uintptr_t loss, uintptr_t grad) {
   return {at<const void>(pred),
           pred_bf16,
           pred_stride,
-          at<const void>(img),
-          img_uint8,
-          img_stride,
           at<const bool>(map),
           at<const int64_t>(index),
           batch,
           rows,
-          grid_rows,
-          grid_cols,
-          patch,
-          norm,
-          static_cast<mimfast::PixelLossKind>(kind),
-          mean,
-          std,
-          eps,
+          tokens,
+          values,
+          static_cast<mimfast::LossKind>(kind),
           beta,
           upstream,
           at<float>(loss),
           at<void>(grad)};
+}
+
+mimfast::PixelLoss make_pixel_loss(const mimfast::LossRows& rows, uintptr_t img, bool img_uint8,
+                                   std::array<int64_t, 4> img_stride, int32_t grid_cols, int32_t patch, bool norm,
+                                   bool colour_major, std::array<float, 3> mean, std::array<float, 3> std, float eps) {
+  return {rows, at<const void>(img), img_uint8, img_stride, grid_cols, patch, norm, colour_major, mean, std, eps};
 }
 
 using release_gil = py::call_guard<py::gil_scoped_release>;
@@ -203,12 +199,15 @@ PYBIND11_MODULE(_core, m) {
            py::arg("flip"), py::arg("cu_seqlens"), py::arg("rows"), py::arg("channels_last"), py::arg("mean"),
            py::arg("std"), py::arg("out"), py::arg("out_type"));
   m.def("patch_gather_cpu", &mimfast::patch_gather_cpu, py::arg("call"), py::arg("threads"), release_gil());
+
+  py::class_<mimfast::LossRows>(m, "LossRows", py::module_local(), "What losses share, as in csrc/loss_tail.h.")
+      .def(py::init(&make_loss_rows), py::kw_only(), py::arg("pred"), py::arg("pred_bf16"), py::arg("pred_stride"),
+           py::arg("map"), py::arg("index"), py::arg("batch"), py::arg("rows"), py::arg("tokens"), py::arg("values"),
+           py::arg("kind"), py::arg("beta"), py::arg("upstream"), py::arg("loss"), py::arg("grad"));
   py::class_<mimfast::PixelLoss>(m, "PixelLoss", py::module_local(), "One call, as in csrc/pixel_loss.h.")
-      .def(py::init(&make_pixel_loss), py::kw_only(), py::arg("pred"), py::arg("pred_bf16"), py::arg("pred_stride"),
-           py::arg("img"), py::arg("img_uint8"), py::arg("img_stride"), py::arg("map"), py::arg("index"),
-           py::arg("batch"), py::arg("rows"), py::arg("grid_rows"), py::arg("grid_cols"), py::arg("patch"),
-           py::arg("norm"), py::arg("kind"), py::arg("mean"), py::arg("std"), py::arg("eps"), py::arg("beta"),
-           py::arg("upstream"), py::arg("loss"), py::arg("grad"));
+      .def(py::init(&make_pixel_loss), py::kw_only(), py::arg("rows"), py::arg("img"), py::arg("img_uint8"),
+           py::arg("img_stride"), py::arg("grid_cols"), py::arg("patch"), py::arg("norm"), py::arg("colour_major"),
+           py::arg("mean"), py::arg("std"), py::arg("eps"));
   m.def("pixel_loss_cpu", &mimfast::pixel_loss_cpu, py::arg("call"), py::arg("threads"), release_gil());
 
 #ifdef MIMFAST_CUDA

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mimfast._check import check_dtype, check_shape, fail
 from mimfast.encoders.block import EPS, Block, Mlp, check_heads, cross, init_mae, take
+from mimfast.encoders.inputs import check_mask
 from mimfast.encoders.linear import linear
 from mimfast.encoders.positions import sincos_2d
-from mimfast.encoders.vit import check_mask
 from mimfast.mask import Mask
 from mimfast.ops.patch_unshuffle import patch_unshuffle
 

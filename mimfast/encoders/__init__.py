@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mimfast._check import fail
 from mimfast.encoders.embed import PatchEmbedVisible as PatchEmbedVisible
-from mimfast.encoders.vit import Size
+from mimfast.encoders.inputs import Size
 from mimfast.encoders.vit import ViT as ViT
 from mimfast.mask import Mask
 
@@ -21,7 +21,9 @@ class Encoder(Protocol):
     Attributes:
         stride: pixels per token side.
         dim: width of the tokens.
-        grid: (rows, columns) of the tokens a mask is made over.
+        prefix: tokens before those of the image in what a forward returns (class tokens).
+        img_size: (height, width) in pixels that `grid` belongs to; `at` gives the encoder for another.
+        grid: (rows, columns) of the tokens, row-major in what a forward returns; modes say which masks they take.
         config: the plain arguments that build it again, written beside its weights.
         mask_modes: ways it treats hidden tokens: "drop" (visible tokens only), "replace" (mask token), "mix" (two
             images), "sparse" (hidden positions stay empty), "paint" (hidden pixels are painted over, then encoded).
@@ -29,13 +31,19 @@ class Encoder(Protocol):
 
     stride: int
     dim: int
+    prefix: int
+    img_size: tuple[int, int]
     grid: tuple[int, int]
     mask_modes: frozenset[str]
 
     @property
     def config(self) -> dict[str, Any]: ...
 
-    def __call__(self, img: Tensor, mask: Mask | None = None, mode: str = "drop") -> Tensor: ...
+    def at(self, img_size: Size) -> "Encoder": ...
+
+    def __call__(
+        self, img: Tensor, mask: Mask | None = None, mode: str = "drop", *, colour: Tensor | None = None
+    ) -> Tensor: ...
 
 
 def require_mode(method: str, encoder: Encoder, mode: str) -> None:
@@ -51,10 +59,17 @@ def require_mode(method: str, encoder: Encoder, mode: str) -> None:
         )
 
 
+FAMILIES: dict[str, type[ViT]] = {"vit": ViT}
+
+
 def names() -> list[str]:
     """The names `build` knows: the constructors of the encoder classes, as "vit_b16"."""
-    sizes = [name for name, member in getmembers(ViT, ismethod) if "patch" in signature(member).parameters]
-    return [f"vit_{name}" for name in sizes]
+    return [
+        f"{family}_{name}"
+        for family, kind in FAMILIES.items()
+        for name, member in getmembers(kind, ismethod)
+        if "patch" in signature(member).parameters
+    ]
 
 
 def build(
@@ -65,6 +80,8 @@ def build(
     dim: int | None = None,
     depth: int | None = None,
     heads: int | None = None,
+    drop_last: int = 0,
+    **options: Any,
 ) -> ViT:
     """An encoder by name.
 
@@ -75,22 +92,30 @@ def build(
         dim: overrides the width; `heads` then defaults to dim // 64.
         depth: overrides the number of blocks.
         heads: overrides the number of heads.
+        drop_last: blocks left out at the end (FastMIM): they start from random weights when the encoder is fine-tuned.
+        options: further arguments of the class, as positions="learned" of ViT.
     Raises:
-        UserError: an unknown name, with the nearest ones.
+        UserError: an unknown name, with the nearest ones; an unknown option; no block left.
     """
-    known = names()
-    if name != "vit" and name not in known:
-        close = get_close_matches(name, ["vit", *known], n=1, cutoff=0.4)
+    op, known = "encoders.build", [*FAMILIES, *names()]
+    if name not in known:
+        close = get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}?" if close else "no name is near it"
-        fail(
-            "encoders.build",
-            "name",
-            repr(name),
-            f"one of {', '.join(['vit', *known])}",
-            f"no encoder has this name; {hint}",
-        )
+        fail(op, "name", repr(name), f"one of {', '.join(known)}", f"no encoder has this name; {hint}")
+    family, _, size = name.partition("_")
+    kind = FAMILIES[family]
+    offered = signature(kind).parameters
+    for option in options:
+        if option not in offered:
+            reason = f"{kind.__name__} has no other argument"
+            fail(op, "an option", repr(option), f"one of {', '.join(offered)}", reason)
     if dim is not None and heads is None:
         heads = max(1, dim // 64)
     given: dict[str, Any] = {"patch": patch, "dim": dim, "depth": depth, "heads": heads}
-    make = ViT if name == "vit" else getattr(ViT, name.removeprefix("vit_"))
-    return make(img_size, **{key: value for key, value in given.items() if value is not None})
+    make = getattr(kind, size) if size else kind
+    arguments = {key: found.default for key, found in signature(make).parameters.items() if key != "img_size"}
+    arguments |= {key: value for key, value in given.items() if value is not None} | options
+    if not 0 <= drop_last < max(arguments["depth"], 1):
+        reason = f"{name} has {arguments['depth']} blocks and keeps at least one"
+        fail(op, "drop_last", drop_last, f"0 to {arguments['depth'] - 1}", reason)
+    return kind(img_size, **{**arguments, "depth": arguments["depth"] - drop_last})

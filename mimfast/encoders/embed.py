@@ -77,6 +77,19 @@ class PatchEmbedVisible(nn.Module):
         )
         return F.linear(rows_BKE, weight.flatten(1), self.proj.bias)
 
+    def colour(self, colour: Tensor) -> Tensor:
+        """The embedding of a patch of one colour: the sums of the weight over the patch, times the colour, plus bias.
+
+        Args:
+            colour: 3 values in normalised colour space, of any shape, for example (1, 3, 1, 1).
+        Returns:
+            (D,) in float32 or wider, also under autocast; gradients reach weight, bias and colour.
+        """
+        wide = torch.promote_types(self.proj.weight.dtype, torch.float32)
+        sums_D3 = self.proj.weight.sum((2, 3), dtype=wide)
+        row_D = (sums_D3 * colour.reshape(3).to(wide)).sum(1)  # no product: autocast would round it
+        return row_D if self.proj.bias is None else row_D + self.proj.bias
+
 
 def _check_conv(conv: nn.Conv2d) -> None:
     side, because = conv.kernel_size[0], "its weights are applied to whole patches, each cut out once"

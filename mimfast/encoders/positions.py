@@ -1,4 +1,7 @@
-"""Fixed two-dimensional sine-cosine position embedding. MAE, arXiv:2111.06377, appendix A.1.   L tokens, D width"""
+"""Position tables: fixed two-dimensional sines and cosines (MAE, arXiv:2111.06377, appendix A.1), and resizing.
+
+L tokens, D width
+"""
 
 import torch
 from torch import Tensor
@@ -49,6 +52,11 @@ def at_grid(table: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Ten
     """
     if torch.allclose(table.float().cpu(), sincos_2d(table.shape[-1], grid), atol=1e-5):
         return sincos_2d(table.shape[-1], other).to(table)
+    return resized(table, grid, other)
+
+
+def resized(table: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Tensor:
+    """The bicubic interpolation of a position table, class row kept; arguments and result as in `at_grid`."""
     patches_1DL = table[:, 1:].float().mT.unflatten(-1, grid)
-    resized = F.interpolate(patches_1DL, other, mode="bicubic", antialias=True).flatten(2).mT
-    return torch.cat([table[:, :1], resized.to(table.dtype)], dim=1)
+    patches_1LD = F.interpolate(patches_1DL, other, mode="bicubic", antialias=True).flatten(2).mT
+    return torch.cat([table[:, :1], patches_1LD.to(table.dtype)], dim=1)

@@ -6,19 +6,20 @@ B batch, L patches of the grid, K kept patches, D width, H W pixels, T tokens (1
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mimfast._check import check_same_device, fail
+from mimfast._check import fail
 from mimfast.encoders.block import EPS, Block, check_heads, init_mae
 from mimfast.encoders.embed import PatchEmbedVisible
-from mimfast.encoders.positions import at_grid, sincos_2d
+from mimfast.encoders.fill import full, painted, replaced
+from mimfast.encoders.inputs import Size, check_image, check_mask, sizes
+from mimfast.encoders.positions import at_grid, resized, sincos_2d
 from mimfast.mask import Mask
-from mimfast.ops.patch_unshuffle import patch_unshuffle
 
-Size = int | tuple[int, int]
+Positions = Literal["sincos", "learned"]
 
 
 class Packed(NamedTuple):
@@ -34,25 +35,30 @@ class Packed(NamedTuple):
 
 
 class ViT(nn.Module):
-    """Vision Transformer with a class token and fixed sine-cosine positions.
+    """Vision Transformer with a class token.
 
     Without a mask it is the plain backbone. With one, hidden patches are never embedded: mode "drop" encodes the
-    visible ones only, mode "replace" puts a learned token in their places and encodes the full sequence (SimMIM).
+    visible ones only, mode "replace" puts a learned token in their places and encodes the full sequence (MaskFeat),
+    mode "paint" does the same with the embedding of a patch of one colour (FastMIM).
 
     Args:
         img_size: of the square input in pixels, or (height, width).
         patch: side of a patch in pixels.
         dim: width D.
         depth: number of blocks.
-        heads: attention heads.
+        heads: attention heads. (FastMIM pre-trains its ViT-B with 6 and fine-tunes it with 12.)
         mlp_ratio: width of the MLP over D.
         mask_token: whether there is a `mask_token`, which mode "replace" needs.
+        positions: "sincos", a fixed table (MAE, FastMIM), or "learned", a trained one (MaskFeat).
     Attributes:
         stride: pixels per token side (= patch).
         grid: (rows, columns) in patches.
-        mask_modes: what `mode` may be: {"drop"}, with a mask token {"drop", "replace"}.
+        prefix: tokens before the patches in what `forward` returns.
+        mask_modes: what `mode` may be: "drop", "paint", and with a mask token "replace".
     """
 
+    prefix = 1
+    pos_embed: Tensor
     mask_token: nn.Parameter | None
     mask_modes: frozenset[str]
 
@@ -65,23 +71,23 @@ class ViT(nn.Module):
         heads: int = 12,
         mlp_ratio: float = 4.0,
         mask_token: bool = False,
+        positions: Positions = "sincos",
     ) -> None:
         super().__init__()
-        self.img_size, self.grid = _sizes(img_size, patch)
+        self.img_size, self.grid = sizes("ViT", img_size, patch)
         check_heads("ViT", dim, heads)
-        self.patch, self.stride, self.dim, self.depth, self.heads, self.mlp_ratio = (
-            patch,
-            patch,
-            dim,
-            depth,
-            heads,
-            mlp_ratio,
-        )
+        if positions not in ("sincos", "learned"):
+            fail("ViT", "positions", repr(positions), "'sincos' or 'learned'", "the table is computed or trained")
+        self.patch, self.stride, self.dim, self.depth = patch, patch, dim, depth
+        self.heads, self.mlp_ratio, self.positions = heads, mlp_ratio, positions
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        # a parameter, not a buffer, to keep its place among the names of timm; never trained
-        self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid), requires_grad=False)
+        if positions == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim))
+        else:  # a parameter, not a buffer, to keep its place among the names of timm; never trained
+            self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid), requires_grad=False)
+        self._tables: dict[tuple[int, int], tuple[Any, nn.Parameter]] = {}
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)) if mask_token else None
-        self.mask_modes = frozenset({"drop", "replace"} if mask_token else {"drop"})
+        self.mask_modes = frozenset({"drop", "paint", "replace"} if mask_token else {"drop", "paint"})
         self.patch_embed = PatchEmbedVisible(patch, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=EPS)
@@ -90,6 +96,8 @@ class ViT(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
+        if positions == "learned":
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -102,64 +110,90 @@ class ViT(nn.Module):
             "heads": self.heads,
             "mlp_ratio": self.mlp_ratio,
             **({} if self.mask_token is None else {"mask_token": True}),
+            **({} if self.positions == "sincos" else {"positions": self.positions}),
         }
 
     def at(self, img_size: Size) -> "ViT":
         """The same encoder for images of another size: every weight is shared, the positions are made anew.
 
-        Fixed sine-cosine positions are computed for the new grid; any other table is interpolated (bicubic).
+        Fixed sine-cosine positions are computed for the new grid; any other table is interpolated (bicubic), a learned
+        one with its gradient, so that it has to be asked for again after a step of the optimiser.
 
         Args:
             img_size: pixels, or (height, width), multiples of the patch.
         """
         other = copy.copy(self)
-        other._parameters = dict(self._parameters)
-        other.img_size, other.grid = _sizes(img_size, self.patch)
+        other._parameters, other._buffers, other._tables = dict(self._parameters), dict(self._buffers), {}
+        other.img_size, other.grid = sizes("ViT", img_size, self.patch)
         if other.grid != self.grid:
-            table = at_grid(self.pos_embed.detach(), self.grid, other.grid)
-            other.pos_embed = nn.Parameter(table, requires_grad=False)
+            if self.positions == "learned":  # not a leaf, so no parameter
+                other._parameters.pop("pos_embed", None)
+                other.register_buffer("pos_embed", resized(self.pos_embed, self.grid, other.grid))
+            else:
+                other._parameters["pos_embed"] = self._table(other.grid)
         return other
 
-    def forward(self, img: Tensor, mask: Mask | None = None, mode: str = "drop") -> Tensor:
+    def _table(self, grid: tuple[int, int]) -> nn.Parameter:
+        """The fixed positions of another grid, kept: telling what the own table is waits for the device."""
+        table = self.pos_embed.detach()
+        if table.is_inference() or torch.is_inference_mode_enabled():  # such tensors have no version and stay here
+            return nn.Parameter(at_grid(table, self.grid, grid), requires_grad=False)
+        stamp = (self.pos_embed._version, table.device, table.dtype)
+        known, made = self._tables.get(grid, (None, None))
+        if made is None or known != stamp:
+            made = nn.Parameter(at_grid(table, self.grid, grid), requires_grad=False)
+            self._tables[grid] = (stamp, made)
+        return made
+
+    def forward(
+        self, img: Tensor, mask: Mask | None = None, mode: str = "drop", *, colour: Tensor | None = None
+    ) -> Tensor:
         """Encode the visible patches, or all of them without a mask.
 
         Args:
             img: (B, 3, H, W), uint8 (normalised inside, ImageNet statistics) or floating point, normalised already.
-            mask: over this encoder's grid, or None.
-            mode: "drop": hidden tokens are left out. "replace": a mask token stands for each.
+            mask: over this encoder's grid, or None. For "paint" over any grid whose cells are whole square pixels; for
+                "paint" and "replace" images may show different numbers of patches (a packed mask).
+            mode: "drop": hidden tokens are left out. "replace": a mask token stands for each. "paint": every pixel of a
+                hidden cell has the colour.
+            colour: (1, 3, 1, 1) in normalised colour space, for "paint".
         Returns:
             (B, 1 + K, D): the class token, then the visible patches in image order, after the final norm; (B, 1 + L, D)
-            for "replace" or without a mask. With a packed mask `forward_packed` is the one to call.
+            for "replace", "paint" or without a mask. With "drop" and a packed mask `forward_packed` is the one to call.
         Raises:
-            UserError: an image or a mask of another shape, dtype or device; a mode that is not offered.
+            UserError: an image, a mask or a colour of another shape, dtype or device; a mode that is not offered.
         """
-        x_BTD = self.embed(img, mask, mode)
+        x_BTD = self.embed(img, mask, mode, colour=colour)
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return self.norm(x_BTD)
 
-    def features(self, img: Tensor, mask: Mask | None = None, mode: str = "drop") -> list[Tensor]:
+    def features(
+        self, img: Tensor, mask: Mask | None = None, mode: str = "drop", *, colour: Tensor | None = None
+    ) -> list[Tensor]:
         """The input of the first block and the output of every block, each (B, 1 + K, D), without the final norm."""
-        found = [self.embed(img, mask, mode)]
+        found = [self.embed(img, mask, mode, colour=colour)]
         for block in self.blocks:
             found.append(block(found[-1]))
         return found
 
-    def embed(self, img: Tensor, mask: Mask | None = None, mode: str = "drop") -> Tensor:
+    def embed(
+        self, img: Tensor, mask: Mask | None = None, mode: str = "drop", *, colour: Tensor | None = None
+    ) -> Tensor:
         """The sequence that goes into the blocks: class token, embedded patches, positions; as `forward` otherwise."""
         self._check(img, mask, mode)
-        if mask is not None and mask.cu_seqlens is not None:
-            found, wanted = "different numbers of visible tokens", "the same number in each image"
-            fail(
-                "ViT", "mask", found, wanted, "forward makes one rectangular tensor; forward_packed takes packed masks"
-            )
-        x_BKD = self.patch_embed(img, None if mask is None else mask.keep)
-        if mask is not None and mode == "replace":
+        if mask is None:
+            return full(self.patch_embed, img, self.cls_token, self.pos_embed)
+        if mode == "paint":
+            return painted(self.patch_embed, img, mask, colour, self.cls_token, self.pos_embed)
+        if mode == "replace":
             assert self.mask_token is not None  # or the mode would have been refused
-            x_BKD = torch.cat([self.cls_token.to(x_BKD.dtype).expand(img.shape[0], -1, -1), x_BKD], dim=1)
-            return patch_unshuffle(x_BKD, self.mask_token, mask.inverse, self.pos_embed)
-        pos_LD = self.pos_embed[0, 1:]
-        x_BKD = x_BKD + (pos_LD if mask is None else pos_LD[mask.keep])
+            return replaced(self.patch_embed, img, mask, self.mask_token, self.cls_token, self.pos_embed)
+        if mask.cu_seqlens is not None:
+            found, wanted = "different numbers of visible tokens", "the same number in each image"
+            reason = "forward makes one rectangular tensor; forward_packed takes packed masks"
+            fail("ViT", "mask", found, wanted, reason)
+        x_BKD = self.patch_embed(img, mask.keep) + self.pos_embed[0, 1:][mask.keep]
         cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(img.shape[0], -1, -1)
         return torch.cat([cls_B1D, x_BKD], dim=1)
 
@@ -215,36 +249,11 @@ class ViT(nn.Module):
         return torch.cat([cls_BD, x_KD])[order_T], lengths_B, length
 
     def _check(self, img: Tensor, mask: Mask | None, mode: str) -> None:
-        height, width = self.img_size
-        if img.ndim != 4 or img.shape[1] != 3:
-            fail(
-                "ViT",
-                "img",
-                f"shape {tuple(img.shape)}",
-                f"(batch, 3, {height}, {width})",
-                "it takes batches of 3-channel images",
-            )
-        if img.shape[2] != height or img.shape[3] != width:
-            rows, columns = self.grid
-            fail(
-                "ViT",
-                "img",
-                f"size {img.shape[2]}x{img.shape[3]}",
-                f"{height}x{width}",
-                f"this encoder has positions for {rows}x{columns} patches of {self.patch} px",
-            )
-        if img.dtype != torch.uint8 and not img.is_floating_point():
-            fail(
-                "ViT",
-                "img",
-                f"dtype {str(img.dtype)[6:]}",
-                "uint8 or floating point",
-                "uint8 means 0..255 and floats are normalised",
-            )
+        check_image("ViT", img, self.img_size, self.grid)
         if mode not in self.mask_modes:
             reason = "ViT(mask_token=True) adds 'replace'" if mode == "replace" else "a ViT has no other way"
             fail("ViT", "mode", repr(mode), f"one of {sorted(self.mask_modes)}", reason)
-        if mask is not None:
+        if mask is not None and mode != "paint":  # which takes other grids
             check_mask("ViT", mask, self.grid, img)
 
     # the sizes; each default may be replaced
@@ -303,32 +312,3 @@ class ViT(nn.Module):
     def mini8(cls, img_size: Size = 96, patch: int = 8, dim: int = 256, depth: int = 6, heads: int = 4) -> "ViT":
         """For 64..96 px."""
         return cls(img_size, patch, dim, depth, heads)
-
-
-def check_mask(op: str, mask: Mask, grid: tuple[int, int], tensor: Tensor) -> None:
-    """Raise unless `mask` is over `grid` and goes with the batch and the device of `tensor`."""
-    if mask.grid != grid:
-        rows, columns = grid
-        fail(
-            op,
-            "mask",
-            f"grid {mask.grid[0]}x{mask.grid[1]}",
-            f"{rows}x{columns}",
-            f"the model has {rows}x{columns} tokens",
-        )
-    if mask.hidden.shape[0] != tensor.shape[0]:
-        fail(op, "mask", f"batch {mask.hidden.shape[0]}", tensor.shape[0], f"the batch holds {tensor.shape[0]} images")
-    check_same_device(op, img=tensor, mask=mask.keep)
-
-
-def _sizes(img_size: Size, patch: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    height, width = (img_size, img_size) if isinstance(img_size, int) else (int(img_size[0]), int(img_size[1]))
-    if patch < 1:
-        fail("ViT", "patch", patch, "a positive number of pixels", "a patch holds at least one pixel")
-    for size in (height, width):
-        if size < patch or size % patch:
-            reason = (
-                f"it is cut into whole patches of {patch} px and {size} = {size // patch} * {patch} + {size % patch}"
-            )
-            fail("ViT", "img_size", size, f"a multiple of {patch}", reason)
-    return (height, width), (height // patch, width // patch)

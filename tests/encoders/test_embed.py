@@ -118,3 +118,18 @@ def test_compiles_without_a_graph_break():
 def test_refuses_other_convolutions(conv, found):
     with pytest.raises(UserError, match=f"PatchEmbedVisible: conv has .*{found}.*, expected 3 channels, kernel"):
         PatchEmbedVisible.from_conv(conv)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_embedding_of_one_colour_is_that_of_a_painted_patch(bias):
+    _, ours, _, _ = pair(bias)
+    colour = torch.randn(1, 3, 1, 1, requires_grad=True)
+    want = ours.proj(colour.expand(1, 3, 8, 8)).flatten()
+    got = ours.colour(colour)
+    torch.testing.assert_close(got, want)
+    upstream, leaves = torch.randn_like(want), [*ours.parameters(), colour]
+    for a, b in zip(*(torch.autograd.grad(y, leaves, upstream) for y in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours.colour(colour), got)
+    assert copy.deepcopy(ours).to(torch.bfloat16).colour(colour).dtype == torch.float32

@@ -146,7 +146,7 @@ def test_refuses_masks_and_modes() -> None:
     with pytest.raises(UserError, match=r"ViT: mask has device meta, expected cpu because img is there"):
         vit(img, Mask.random(2, (4, 4), 0.5).to("meta"))
     with pytest.raises(
-        UserError, match=r"ViT: mode has 'replace', expected one of \['drop'\] because ViT\(mask_token=True\)"
+        UserError, match=r"ViT: mode has 'replace', expected one of \['drop', 'paint'\] because ViT\(mask_token=True\)"
     ):
         vit(img, Mask.random(2, (4, 4), 0.5), mode="replace")
 
@@ -164,7 +164,7 @@ def test_refuses_sizes() -> None:
 
 def test_replace_puts_a_mask_token_where_a_patch_is_hidden() -> None:
     vit = ViT((16, 24), patch=8, dim=32, depth=2, heads=2, mask_token=True)
-    assert vit.mask_modes == {"drop", "replace"}
+    assert vit.mask_modes == {"drop", "paint", "replace"}
     assert vit.config["mask_token"] is True
     assert ViT(**vit.config).mask_token is not None
     img, mask = torch.randn(3, 3, 16, 24), Mask.random(3, (2, 3), 0.5)
