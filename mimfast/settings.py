@@ -179,7 +179,12 @@ def _toml_value(value: Any) -> str:
 
 def check(recipe: Recipe) -> Recipe:
     """The recipe itself, after tests that need no image. Raises UserError naming the first bad value."""
-    for good, name, wanted, because in [*_network_rules(recipe), *_schedule_rules(recipe), *_training_rules(recipe)]:
+    for good, name, wanted, because in [
+        *_network_rules(recipe),
+        *_method_rules(recipe),
+        *_schedule_rules(recipe),
+        *_training_rules(recipe),
+    ]:
         if not good:
             section, key = name.split(".")
             found = getattr(getattr(recipe, section), key)
@@ -201,7 +206,6 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
         (0 < data.holdout < 1, "data.holdout", "a fraction between 0 and 1", "the final table needs unseen images"),
         (0 <= model.drop_path < 1, "model.drop_path", "0 <= drop_path < 1", "it is a probability"),
         (model.drop_last >= 0, "model.drop_last", "0 or more", "it is a number of blocks"),
-        (model.drop_last == 0 or model.method == "fastmim", "model.drop_last", "0", "only fastmim leaves blocks out"),
     ]
     if patch:
         why = f"patches are {patch} px and {size} = {size // patch} * {patch} + {size % patch}"
@@ -213,6 +217,39 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
         (0 <= data.recolour <= 1, "data.recolour", "0 to 1", "it is a strength"),
         (data.workers is None or data.workers >= 0, "data.workers", "0 or more", "it is a number of threads"),
     ]
+    return rules
+
+
+def _method_rules(recipe: Recipe) -> list[_Rule]:
+    """Rules against settings that a method would not look at."""
+    model, mask, target, method = recipe.model, recipe.mask, recipe.target, recipe.model.method
+    masked = "mae" if method == "mae" else "maskfeat" if method == "maskfeat" else ""
+    whats = {"mae": ("pixels",), "fastmim": ("hog", "pixels"), "simmim": ("pixels", "local"), "maskfeat": ("hog",)}
+    predicts = whats[method] if target.what is None else (target.what,)
+    rules: list[_Rule] = [
+        (
+            mask.block is None or mask.block > 0,
+            "mask.block",
+            "a positive number of pixels",
+            "it is the side of a block",
+        ),
+        (not masked or mask.block is None, "mask.block", "none", f"{masked} has masks of its own kind"),
+        (predicts[0] in whats[method], "target.what", " or ".join(whats[method]), f"{method} predicts nothing else"),
+        (target.gaussian_window >= 0, "target.gaussian_window", "0 or more", "it is a side in pixels"),
+        (
+            target.gaussian_window == 0 or predicts[0] == "hog",
+            "target.gaussian_window",
+            "0",
+            f"the target is {predicts[0]}, and only hog is weighed",
+        ),
+        (method != "simmim" or not target.norm, "target.norm", "False", "simmim predicts plain pixels"),
+        (method != "maskfeat" or target.norm, "target.norm", "True", "maskfeat's histograms are always normalised"),
+        (method == "simmim" or model.drop_path == 0, "model.drop_path", "0", f"{method} drops no branches"),
+        (method == "fastmim" or model.drop_last == 0, "model.drop_last", "0", f"{method} leaves no blocks out"),
+    ]
+    for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
+        bare = getattr(model, name) is None
+        rules.append((method in ("mae", "fastmim") or bare, f"model.{name}", "none", f"{method} has no decoder"))
     return rules
 
 

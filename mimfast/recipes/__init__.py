@@ -9,6 +9,11 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from mimfast._check import UserError
+from mimfast.recipes.fastmim import fastmim_p_vit_b as fastmim_p_vit_b
+from mimfast.recipes.fastmim import fastmim_pvtv2_b2 as fastmim_pvtv2_b2
+from mimfast.recipes.fastmim import fastmim_swin_b as fastmim_swin_b
+from mimfast.recipes.fastmim import fastmim_tiny as fastmim_tiny
+from mimfast.recipes.fastmim import fastmim_vit_b as fastmim_vit_b
 from mimfast.recipes.mae import mae_cifar as mae_cifar
 from mimfast.recipes.mae import mae_digits as mae_digits
 from mimfast.recipes.mae import mae_photos as mae_photos
@@ -16,6 +21,7 @@ from mimfast.recipes.mae import mae_small as mae_small
 from mimfast.recipes.mae import mae_vit_b as mae_vit_b
 from mimfast.recipes.mae import mae_vit_h as mae_vit_h
 from mimfast.recipes.mae import mae_vit_l as mae_vit_l
+from mimfast.recipes.maskfeat import maskfeat_vit_b as maskfeat_vit_b
 from mimfast.recipes.sections import Data as Data
 from mimfast.recipes.sections import Masking as Masking
 from mimfast.recipes.sections import Model as Model
@@ -26,13 +32,21 @@ from mimfast.recipes.sections import Run as Run
 from mimfast.recipes.sections import Score as Score
 from mimfast.recipes.sections import Target as Target
 from mimfast.recipes.sections import Train as Train
+from mimfast.recipes.simmim import simmim_swin_b as simmim_swin_b
+from mimfast.recipes.simmim import simmim_tiny as simmim_tiny
+from mimfast.recipes.simmim import simmim_vit_b as simmim_vit_b
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mimfast.data.crop import CropConfig
 
-RECIPES = (mae_photos, mae_digits, mae_small, mae_cifar, mae_vit_b, mae_vit_l, mae_vit_h)
+RECIPES = (
+    *(mae_photos, mae_digits, mae_small, mae_cifar, mae_vit_b, mae_vit_l, mae_vit_h),
+    *(fastmim_tiny, fastmim_vit_b, fastmim_swin_b, fastmim_pvtv2_b2, fastmim_p_vit_b),
+    *(simmim_tiny, simmim_vit_b, simmim_swin_b),
+    maskfeat_vit_b,
+)
 
 _METHODS = {"mae": "MAE", "fastmim": "FastMIM", "simmim": "SimMIM", "maskfeat": "MaskFeat"}
 
@@ -92,13 +106,28 @@ def crop(recipe: Recipe) -> "CropConfig":
 
 def build(recipe: Recipe) -> "nn.Module":
     """The method of a recipe with fresh weights drawn from torch's generator (call torch.manual_seed before)."""
-    from mimfast.methods.mae import MAE
+    from mimfast import methods
 
-    model, target = recipe.model, recipe.target
-    sizes = {"decoder_dim": model.decoder_dim, "decoder_depth": model.decoder_depth}
-    sizes |= {"decoder_heads": model.decoder_heads, "dim": model.dim, "depth": model.depth, "heads": model.heads}
-    given: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
-    return MAE.build(model.encoder, model.img_size, model.patch, recipe.mask.ratio, target.norm, target.kind, **given)
+    model, target, block = recipe.model, recipe.target, recipe.mask.block
+    make = getattr(methods, _METHODS[model.method]).build
+    sizes = {name: getattr(model, name) for name in ("dim", "depth", "heads")}
+    decoder = {name: getattr(model, name) for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    given: dict[str, Any] = {
+        "mae": {"norm": target.norm, **decoder},
+        "fastmim": {
+            "norm": target.norm,
+            "block": block,
+            "target": target.what,
+            "gaussian_window": target.gaussian_window,
+            "drop_last": model.drop_last,
+            **decoder,
+        },
+        "simmim": {"block": block, "target": target.what, "drop_path": model.drop_path},
+        "maskfeat": {"gaussian_window": target.gaussian_window},
+    }[model.method]
+    # what the recipe leaves open is the method's to choose
+    chosen = {name: value for name, value in {**sizes, **given}.items() if value is not None}
+    return make(model.encoder, model.img_size, model.patch, recipe.mask.ratio, kind=target.kind, **chosen)
 
 
 def as_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:

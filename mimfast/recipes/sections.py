@@ -130,8 +130,6 @@ class Optim:
     """After the warm-up: half a cosine down to min_lr, or a tenth at every milestone."""
     milestones: tuple[float, ...] = ()
     """Fractions of the run at which the multistep rate falls to a tenth, ascending."""
-    no_decay: tuple[str, ...] = ()
-    """Names of parameters that are not decayed either, as encoder.mask_token."""
 
 
 @dataclass(frozen=True)

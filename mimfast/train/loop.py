@@ -103,8 +103,9 @@ def _pretrain(recipe: Recipe, resume: bool, world: parallel.World, screen: Scree
     torch.manual_seed(recipe.train.seed)
     # built before the folder is claimed, so that a network that cannot be built leaves nothing behind
     method: Any = recipes.build(recipe).to(world.device)
-    optim = recipe.optim
-    optimizer = make_optimizer(method, optim.betas, optim.weight_decay, optim.no_decay)
+    optimizer = make_optimizer(
+        method, recipe.optim.betas, recipe.optim.weight_decay, getattr(method, "no_decay", frozenset())
+    )
     if recipe.progress.sizes:
         try_sizes(method, course, world.device)
     claim, recipe = _claim(recipe, resume, world)

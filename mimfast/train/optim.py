@@ -1,33 +1,20 @@
 """AdamW with MAE's decay groups, and a step that the device itself skips when the gradient is not finite."""
 
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from mimfast._check import fail
-
 
 def make_optimizer(
-    module: nn.Module, betas: tuple[float, float], weight_decay: float, no_decay: Sequence[str] = ()
+    module: nn.Module, betas: tuple[float, float], weight_decay: float, no_decay: Container[str] = ()
 ) -> torch.optim.AdamW:
     """Fused AdamW in two groups: one-dimensional parameters and biases without decay, all others with it.
 
     As in MAE's code the class and mask tokens, which are three-dimensional, are decayed, unless `no_decay` names them.
     The learning rate starts at 0 and is set every step by `set_lr`.
-
-    Raises:
-        UserError: a name in `no_decay` that no parameter has, with the nearest ones.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    for name in no_decay:
-        if name not in dict(named):
-            near = get_close_matches(name, dict(named), n=3, cutoff=0.0)
-            reason = f"{name!r} is none of them"
-            fail(
-                "pretrain", "optim.no_decay", list(no_decay), f"names of parameters, such as {', '.join(near)},", reason
-            )
     plain = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias") or name in no_decay]
     decayed = [p for name, p in named if not (p.ndim <= 1 or name.endswith(".bias") or name in no_decay)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
