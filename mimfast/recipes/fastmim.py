@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from mimfast.recipes.sections import Data, Masking, Model, Optim, Progress, Recipe, Run, Score, Target, Train
+from mimfast.recipes.sections import Data, Masking, Model, Optim, Progress, Recipe, Run, Score, Train
 
 
 def fastmim_tiny() -> Recipe:

@@ -17,7 +17,6 @@ from mimfast.mask import Mask
 from mimfast.recipes import Recipe
 from mimfast.report import views
 from mimfast.report.views import KEPT
-from mimfast.targets import Pixels
 
 MODEL, MEAN, NEAREST, LINEAR = (
     "model",
@@ -97,7 +96,10 @@ def predict_pixels(method: Any, img: Tensor, mask: Mask) -> Tensor:
     """
     patches_BLP = _patches(normalize(img), mask.grid)
     pred_BLP = method.predict(img, mask).float()
-    if isinstance(method.target, Pixels) and method.target.norm:
+    if method.target.order == "cpq":
+        side = method.target.patch
+        pred_BLP = pred_BLP.unflatten(-1, (3, side, side)).movedim(2, -1).flatten(2)
+    if method.target.norm:
         stats_BLS = torch.stack([patches_BLP.mean(-1), patches_BLP.std(-1)], dim=-1)
         mean_BL1, std_BL1 = interpolate(stats_BLS, mask).split(1, dim=-1)
         pred_BLP = pred_BLP * std_BL1 + mean_BL1
