@@ -8,6 +8,7 @@
 #include <sstream>
 #include <string>
 
+#include "hog.h"
 #include "mask_blockwise.h"
 #include "mask_guided.h"
 #include "mask_pack.h"
@@ -41,6 +42,30 @@ py::object source_hash(const std::string& op) {
   for (std::string entry; sources >> entry;)
     if (entry.rfind(op + "=", 0) == 0) return py::str(entry.substr(op.size() + 1));
   return py::none();
+}
+
+mimfast::HogImages make_hog_images(uintptr_t img, std::array<int64_t, 4> stride, int64_t batch, int32_t height,
+                                   int32_t width, int32_t cell, float unit, const std::vector<float>& weight,
+                                   bool normalize, std::array<float, 3> factor) {
+  mimfast::HogImages images = {};
+  images.img = at<const uint8_t>(img);
+  std::copy(stride.begin(), stride.end(), images.stride);
+  images.batch = batch;
+  images.height = height;
+  images.width = width;
+  images.cell = cell;
+  images.unit = unit;
+  images.window = static_cast<int32_t>(weight.size());
+  if (images.window > mimfast::kHogMaxWindow) throw py::value_error("hog: the window is too large");
+  std::copy(weight.begin(), weight.end(), images.weight);
+  images.normalize = normalize;
+  std::copy(factor.begin(), factor.end(), images.factor);
+  return images;
+}
+
+mimfast::Hog make_hog(const mimfast::HogImages& images, int32_t side, bool dense, int64_t rows, uintptr_t index,
+                      uintptr_t out, bool out_bf16) {
+  return {images, side, rows, at<const int64_t>(index), dense, out_bf16, at<void>(out)};
 }
 
 mimfast::MaskPlan make_mask_plan(uintptr_t sample_ids, uintptr_t epochs, int64_t epoch, int64_t batch, int32_t rows,
@@ -170,6 +195,17 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "noop_cpu", [](uintptr_t x, uintptr_t y, int64_t n) { mimfast::noop_cpu(at<const float>(x), at<float>(y), n); },
       py::arg("x"), py::arg("y"), py::arg("n"), release_gil());
+
+  // module_local: the emulated twin may be loaded beside this module
+  py::class_<mimfast::HogImages>(m, "HogImages", py::module_local(), "Images and rule, as in csrc/hog.h.")
+      .def(py::init(&make_hog_images), py::kw_only(), py::arg("img"), py::arg("stride"), py::arg("batch"),
+           py::arg("height"), py::arg("width"), py::arg("cell"), py::arg("unit"), py::arg("weight"),
+           py::arg("normalize"), py::arg("factor"));
+  py::class_<mimfast::Hog>(m, "Hog", py::module_local(), "One call, as in csrc/hog.h.")
+      .def(py::init(&make_hog), py::kw_only(), py::arg("images"), py::arg("side"), py::arg("dense"), py::arg("rows"),
+           py::arg("index"), py::arg("out"), py::arg("out_bf16"));
+  m.def("hog_cpu", &mimfast::hog_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  m.def("hog_simd_bits", &mimfast::hog_simd_bits, py::arg("bits"), "For tests: 128, 256 or 512, at most.");
 
   // module_local: the emulated twin may be loaded beside this module
   py::class_<mimfast::MaskPlan>(m, "MaskPlan", py::module_local(), "One call, field by field as in csrc/mask_plan.h.")

@@ -7,12 +7,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from mimfast._check import fail
+from mimfast.encoders.beit import BEiT as BEiT
 from mimfast.encoders.embed import PatchEmbedVisible as PatchEmbedVisible
 from mimfast.encoders.inputs import Size
 from mimfast.encoders.vit import ViT as ViT
 from mimfast.mask import Mask
 
-__all__ = ["Encoder", "PatchEmbedVisible", "ViT", "build", "names", "require_mode"]
+__all__ = ["BEiT", "Encoder", "PatchEmbedVisible", "ViT", "build", "names", "require_mode"]
 
 
 class Encoder(Protocol):
@@ -59,7 +60,7 @@ def require_mode(method: str, encoder: Encoder, mode: str) -> None:
         )
 
 
-FAMILIES: dict[str, type[ViT]] = {"vit": ViT}
+FAMILIES: dict[str, type[ViT] | type[BEiT]] = {"vit": ViT, "beit": BEiT}
 
 
 def names() -> list[str]:
@@ -82,7 +83,7 @@ def build(
     heads: int | None = None,
     drop_last: int = 0,
     **options: Any,
-) -> ViT:
+) -> ViT | BEiT:
     """An encoder by name.
 
     Args:

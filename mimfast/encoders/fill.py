@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mimfast.encoders.embed import PatchEmbedVisible
-from mimfast.encoders.paint import cell_of, check_colour, paint
+from mimfast.encoders.paint import cell_of, checked_colour, paint
 from mimfast.mask import Mask
 from mimfast.ops.mask_pack import mask_pack
 from mimfast.ops.patch_unshuffle import patch_unshuffle
@@ -64,8 +64,7 @@ def painted(
     Raises:
         UserError: as `mimfast.encoders.paint.paint`.
     """
-    check_colour("paint", colour, img)
-    assert colour is not None
+    colour = checked_colour("paint", colour, img)
     if cell_of(img, mask) % embed.proj.kernel_size[0]:  # a patch may be painted in part
         return full(embed, paint(img, mask, colour, mean=embed.mean, std=embed.std), cls_token, pos)
     return replaced(embed, img, mask, embed.colour(colour), cls_token, pos)

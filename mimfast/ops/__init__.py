@@ -4,6 +4,7 @@ Each op is one file with the name of its function. The functions are bound here,
 `mimfast.ops.<op>` would otherwise leave the *module* under the name of the function.
 """
 
+from mimfast.ops.hog import hog
 from mimfast.ops.mask_blockwise import mask_blockwise
 from mimfast.ops.mask_guided import mask_guided
 from mimfast.ops.mask_pack import mask_pack
@@ -15,6 +16,7 @@ from mimfast.ops.pixel_loss import pixel_loss
 from mimfast.ops.short_attention import short_attention
 
 __all__ = [
+    "hog",
     "mask_blockwise",
     "mask_guided",
     "mask_pack",
