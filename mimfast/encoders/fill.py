@@ -44,7 +44,7 @@ def replaced(
     Returns:
         (B, T, D), in the dtype that torch gives the sum of embedding, row and positions.
     """
-    keep, inverse_BL = _lists(mask, img.shape[2] // mask.grid[0] // embed.proj.kernel_size[0])
+    keep, inverse_BL = lists(mask, img.shape[2] // mask.grid[0] // embed.proj.kernel_size[0])
     x_BKD = embed(img, keep)
     x_BTD = torch.cat([cls_token.to(x_BKD.dtype).expand(img.shape[0], -1, -1), x_BKD], dim=1)
     return patch_unshuffle(x_BTD, row, inverse_BL, pos)
@@ -70,7 +70,7 @@ def painted(
     return replaced(embed, img, mask, embed.colour(colour), cls_token, pos)
 
 
-def _lists(mask: Mask, n: int) -> tuple[Tensor | None, Tensor]:
+def lists(mask: Mask, n: int) -> tuple[Tensor | None, Tensor]:
     """The patches to embed and where they go, for a mask whose cells are n patches wide; nothing waits for the device.
 
     Images that show different numbers of patches have all of them embedded: the product would have as many rows.

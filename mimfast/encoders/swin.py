@@ -6,7 +6,7 @@ B batch, H W sides in pixels, L tokens of a map, C width, V windows of a map, n 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mimfast._check import fail
 from mimfast.encoders.block import Mlp, check_heads
-from mimfast.encoders.cells import hidden_of, inverse_of, keep_of
 from mimfast.encoders.embed import PatchEmbedVisible
+from mimfast.encoders.fill import lists
+from mimfast.encoders.inputs import Size
 from mimfast.encoders.linear import linear
 from mimfast.encoders.paint import cell_of, check_image, checked_colour, paint
 from mimfast.encoders.swin_names import official_names
@@ -24,7 +25,6 @@ from mimfast.encoders.windows import relative_index, shift_mask, window_attend, 
 from mimfast.mask import Mask
 from mimfast.ops.patch_unshuffle import patch_unshuffle
 
-Size = int | tuple[int, int]
 EPS = 1e-5  # of every layer norm
 PATCH = 4
 
@@ -177,6 +177,14 @@ class Swin(nn.Module):
 
     prefix = 0
     mask_token: nn.Parameter | None
+    # published, and "nano" for a CPU
+    sizes: Mapping[str, dict[str, Any]] = {
+        "t": {"embed_dim": 96, "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24)},
+        "s": {"embed_dim": 96, "depths": (2, 2, 18, 2), "heads": (3, 6, 12, 24)},
+        "b": {"embed_dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)},
+        "l": {"embed_dim": 192, "depths": (2, 2, 18, 2), "heads": (6, 12, 24, 48)},
+        "nano": {"embed_dim": 32, "depths": (2, 2, 2, 2), "heads": (1, 2, 4, 8)},
+    }
 
     def __init__(
         self,
@@ -296,10 +304,8 @@ class Swin(nn.Module):
             if cell % PATCH:  # a patch may be hidden in part
                 return self.patch_embed(paint(img, mask, colour))
             row = self.patch_embed.colour(colour)
-        k = cell // PATCH
-        if mask.cu_seqlens is not None:  # images show different numbers of patches
-            return torch.where(hidden_of(mask, k)[:, :, None], row, self.patch_embed(img))
-        return patch_unshuffle(self.patch_embed(img, keep_of(mask, k)), row, inverse_of(mask, k), prefix=0)
+        keep, inverse_BL = lists(mask, cell // PATCH)
+        return patch_unshuffle(self.patch_embed(img, keep), row, inverse_BL, prefix=0)
 
     def _check(self, img: Tensor, mask: Mask | None, mode: str) -> None:
         check_image(self.name, img)
@@ -327,33 +333,6 @@ class Swin(nn.Module):
             size = (height // PATCH >> i, width // PATCH >> i)
             places.append(Place(size, *window_of(self.name, size, window)))
         return (height, width), (height // self.stride, width // self.stride), places
-
-    # the sizes
-
-    @classmethod
-    def t(cls, img_size: Size = 224, **kwargs: Any) -> "Swin":
-        """Tiny."""
-        return cls(img_size, **{"embed_dim": 96, "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24), **kwargs})
-
-    @classmethod
-    def s(cls, img_size: Size = 224, **kwargs: Any) -> "Swin":
-        """Small."""
-        return cls(img_size, **{"embed_dim": 96, "depths": (2, 2, 18, 2), "heads": (3, 6, 12, 24), **kwargs})
-
-    @classmethod
-    def b(cls, img_size: Size = 224, **kwargs: Any) -> "Swin":
-        """Base."""
-        return cls(img_size, **{"embed_dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32), **kwargs})
-
-    @classmethod
-    def l(cls, img_size: Size = 224, **kwargs: Any) -> "Swin":  # noqa: E743
-        """Large."""
-        return cls(img_size, **{"embed_dim": 192, "depths": (2, 2, 18, 2), "heads": (6, 12, 24, 48), **kwargs})
-
-    @classmethod
-    def nano(cls, img_size: Size = 128, **kwargs: Any) -> "Swin":
-        """For a CPU."""
-        return cls(img_size, **{"embed_dim": 32, "depths": (2, 2, 2, 2), "heads": (1, 2, 4, 8), **kwargs})
 
 
 def _check_stages(op: str, embed_dim: int, depths: Sequence[int], heads: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ B batch, H W pixels, T tokens of the last stage's map, D width
 
 import copy
 from difflib import get_close_matches
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from mimfast._check import UserError, fail
 from mimfast._images import IMAGENET_MEAN, IMAGENET_STD, Triple, normalize
+from mimfast.encoders.inputs import Size
 from mimfast.encoders.paint import check_image, paint
 from mimfast.mask import Mask
 
-Size = int | tuple[int, int]
 # parts behind forward_features; what is left of them without a classifier gets no gradient here
 HEADS = ("head", "fc", "classifier", "fc_norm", "head_dist", "attn_pool")
 
@@ -29,8 +30,8 @@ class Timm(nn.Module):
         img_size: of the square input in pixels, or (height, width), multiples of the stride.
         mean: per channel, of values in 0..1; for uint8 images. timm's own statistics differ for some models.
         std: per channel, of values in 0..1; for uint8 images.
-        **kwargs: go to `timm.create_model`, which otherwise gets num_classes=0, the size where the model is built for
-            one, and dynamic_img_size=True where position embeddings then follow the input.
+        **kwargs: go to `timm.create_model`, which otherwise gets num_classes=0, no drop path, the size where the model
+            is built for one, and dynamic_img_size=True where position embeddings then follow the input.
     Attributes:
         model: the timm model. `state_dict()` has its names, so it loads into timm's model and back.
         stride: pixels per token side of the last map.
@@ -180,6 +181,8 @@ def _create(name: str, size: tuple[int, int], kwargs: dict[str, Any]) -> nn.Modu
     # windows have no need of it and would have to rebuild their masks in every forward
     if hasattr(plan, "dynamic_img_size") and getattr(plan, "pos_embed", None) is not None:
         kwargs.setdefault("dynamic_img_size", True)
+    if "drop_path_rate" in signature(type(plan)).parameters:  # pre-training has none, and timm's Swin has 0.1
+        kwargs.setdefault("drop_path_rate", 0.0)
     return timm.create_model(name, **kwargs)
 
 

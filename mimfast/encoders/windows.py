@@ -46,8 +46,16 @@ def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.dev
     return torch.where(label_Vn[:, :, None] == label_Vn[:, None, :], 0.0, MASKED)
 
 
-def window_attend(qkv: Tensor, bias: Tensor, window: int, shift: int, heads: int, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias + mask) v inside each window.
+def window_attend(
+    qkv: Tensor,
+    bias: Tensor,
+    window: int,
+    shift: int,
+    heads: int,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T + bias + mask) v inside each window.
 
     Args:
         qkv: (B, H, W, 3 C), channels ordered q, k, v, then head, then d.
@@ -56,6 +64,7 @@ def window_attend(qkv: Tensor, bias: Tensor, window: int, shift: int, heads: int
         shift: the windows are those of the map rolled up and left by so much.
         heads: N.
         mask: (V, n, n) added to the scores of each window of the rolled map, or None.
+        scale: None is 1 / sqrt(d).
     Returns:
         (B, H, W, C) in the place of its queries.
     """
@@ -71,6 +80,6 @@ def window_attend(qkv: Tensor, bias: Tensor, window: int, shift: int, heads: int
         qkv = qkv.reshape(3, B, rows * columns * heads, w * w, d)
         bias = (bias + mask[:, None]).flatten(0, 1)[None]
     q, k, v = qkv.unbind(0)
-    out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
+    out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=scale)
     out = out.view(B, rows, columns, heads, w, w, d).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, W, C3 // 3)
     return out.roll((shift, shift), (1, 2)) if shift else out

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mimfast import encoders
 from mimfast._check import fail
-from mimfast.encoders.vit import Size
+from mimfast.encoders.inputs import Size
 from mimfast.mask import Mask
 from mimfast.ops._masks import Rounding
 from mimfast.targets import Target

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mimfast import encoders
 from mimfast._check import fail
 from mimfast.decoders import CrossDecoder, Decoder, ViTDecoder
-from mimfast.encoders.vit import Size
+from mimfast.encoders.inputs import Size
 from mimfast.mask import Mask
 from mimfast.methods.official import flat, use_official_names
 from mimfast.targets import Kind, Pixels, Target

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mimfast import Mask
+from mimfast import Mask, encoders
 from mimfast._check import UserError
 from mimfast._images import normalize
 from mimfast.encoders.paint import paint
@@ -127,8 +127,8 @@ def test_state_dict_has_timms_names() -> None:
 
 def test_config_builds_it_again() -> None:
     encoder = Timm("pvt_v2_b0", (64, 96), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), **PVT)
-    config = encoder.config
-    again = Timm(config.pop("name").removeprefix("timm:"), tuple(config.pop("img_size")), **config)
+
+    again = encoders.from_config(encoder.config)
     assert again.config == encoder.config
     assert [tuple(p.shape) for p in again.parameters()] == [tuple(p.shape) for p in encoder.parameters()]
 
