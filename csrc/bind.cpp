@@ -9,6 +9,7 @@
 #include <string>
 
 #include "hog.h"
+#include "local_norm.h"
 #include "mask_blockwise.h"
 #include "mask_guided.h"
 #include "mask_pack.h"
@@ -180,6 +181,20 @@ mimfast::PixelLoss make_pixel_loss(const mimfast::LossRows& rows, uintptr_t img,
   return {rows, at<const void>(img), img_uint8, img_stride, grid_cols, patch, norm, colour_major, mean, std, eps};
 }
 
+mimfast::LocalNorm make_local_norm(uintptr_t img, bool img_uint8, std::array<int64_t, 4> stride, int64_t batch,
+                                   int32_t height, int32_t width, int32_t radius, std::array<float, 3> floor,
+                                   uintptr_t out) {
+  return {at<const void>(img),
+          img_uint8,
+          {stride[0], stride[1], stride[2], stride[3]},
+          batch,
+          height,
+          width,
+          radius,
+          {floor[0], floor[1], floor[2]},
+          at<float>(out)};
+}
+
 using release_gil = py::call_guard<py::gil_scoped_release>;
 
 }  // namespace
@@ -246,7 +261,21 @@ PYBIND11_MODULE(_core, m) {
            py::arg("mean"), py::arg("std"), py::arg("eps"));
   m.def("pixel_loss_cpu", &mimfast::pixel_loss_cpu, py::arg("call"), py::arg("threads"), release_gil());
 
+  py::class_<mimfast::LocalNorm>(m, "LocalNorm", py::module_local(), "One call, as in csrc/local_norm.h.")
+      .def(py::init(&make_local_norm), py::kw_only(), py::arg("img"), py::arg("img_uint8"), py::arg("stride"),
+           py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("radius"), py::arg("floor"), py::arg("out"));
+  m.def("local_norm_cpu", &mimfast::local_norm_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  m.attr("LOCAL_NORM_MAX_BOX_UINT8") = mimfast::kLocalNormMaxBoxUint8;
+  m.attr("LOCAL_NORM_MAX_WIDTH_CUDA") = mimfast::kLocalNormMaxWidthCuda;
+
 #ifdef MIMFAST_CUDA
+  m.def(
+      "local_norm_cuda",
+      [](const mimfast::LocalNorm& call, uintptr_t stream) { mimfast::local_norm_cuda(call, at<CUstream_st>(stream)); },
+      py::arg("call"), py::arg("stream"), release_gil());
+  m.def(
+      "hog_cuda", [](const mimfast::Hog& call, uintptr_t stream) { mimfast::hog_cuda(call, at<CUstream_st>(stream)); },
+      py::arg("call"), py::arg("stream"), release_gil());
   m.def(
       "noop_cuda",
       [](uintptr_t x, uintptr_t y, int64_t n, uintptr_t stream) {

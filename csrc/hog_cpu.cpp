@@ -68,12 +68,8 @@ Loops loops(int bits) {
 
 int simd_bits = 512;
 
-void to_bfloat16(const float* from, int64_t n, uint16_t* to) {  // to nearest, ties to even; values are finite
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, from + i, sizeof(bits));
-    to[i] = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-  }
+void to_bfloat16(const float* from, int64_t n, uint16_t* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = hog_bfloat16(from[i]);
 }
 
 }  // namespace

@@ -25,6 +25,15 @@ inline Floats root(Floats x) {
 
 inline Floats size_of(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff); }
 
+// sum += x where the mask is set; each form is the one that becomes the fewest instructions
+inline void add(Ints& sum, Ints x, Ints where) {
+#if MIMFAST_LANES == 16
+  sum = where ? sum + x : sum;
+#else
+  sum += x & where;
+#endif
+}
+
 // one row of 8-pixel cells, dense, to floats: pixel p of cell l goes to phases[p * pitch + l]
 inline void spread8(const uint8_t* line, int32_t cells, int64_t pitch, float* __restrict phases) {
   const uint32_t* words = reinterpret_cast<const uint32_t*>(line);
@@ -75,15 +84,15 @@ inline void describe(const HogImages& in, int c, const float* pixels, int64_t pi
       from0 += size;
       opposed0 += opposed;
       const Ints level1 = across >= along * kHogTan1;
-      from1 += level1 ? size : 0;
-      opposed1 += level1 ? opposed : 0;
+      add(from1, size, level1);
+      add(opposed1, opposed, level1);
       const Ints level2 = across >= along * kHogTan2;
-      from2 += level2 ? size : 0;
-      opposed2 += level2 ? opposed : 0;
+      add(from2, size, level2);
+      add(opposed2, opposed, level2);
       const Ints level3 = across >= along * kHogTan3;
-      from3 += level3 ? size : 0;
-      opposed3 += level3 ? opposed : 0;
-      from4 += level4 ? size : 0;
+      add(from3, size, level3);
+      add(opposed3, opposed, level3);
+      add(from4, size, level4);
     }
   }
   const Ints opposed[4] = {opposed0 - opposed1, opposed1 - opposed2, opposed2 - opposed3, opposed3};

@@ -5,6 +5,7 @@ Each op is one file with the name of its function. The functions are bound here,
 """
 
 from mimfast.ops.hog import hog
+from mimfast.ops.local_norm import local_norm
 from mimfast.ops.mask_blockwise import mask_blockwise
 from mimfast.ops.mask_guided import mask_guided
 from mimfast.ops.mask_pack import mask_pack
@@ -17,6 +18,7 @@ from mimfast.ops.short_attention import short_attention
 
 __all__ = [
     "hog",
+    "local_norm",
     "mask_blockwise",
     "mask_guided",
     "mask_pack",
