@@ -12,8 +12,8 @@ def simmim_tiny() -> Recipe:
     Command: `mimfast pretrain simmim_tiny`. Hardware: two CPU cores, a few minutes.
     """
     return Recipe(
-        model=Model("simmim", "swin_nano", 64),
-        mask=Masking(0.6, block=16),
+        model=Model("simmim", "swin_nano", 128),
+        mask=Masking(0.6, block=32),
         target=_RAW,
         data=Data(path="photos", holdout=0.25, crop_scale=(0.1, 1.0), recolour=0.5),
         optim=Optim(batch_size=16, lr=2e-3, warmup=0.05, betas=(0.9, 0.999), clip=5.0),
