@@ -9,6 +9,7 @@
 #include <string>
 
 #include "hog.h"
+#include "hog_loss.h"
 #include "local_norm.h"
 #include "mask_blockwise.h"
 #include "mask_guided.h"
@@ -161,7 +162,7 @@ mimfast::LossRows make_loss_rows(uintptr_t pred, bool pred_bf16, std::array<int6
                                  int32_t kind, float beta, float upstream, uintptr_t loss, uintptr_t grad) {
   return {at<const void>(pred),
           pred_bf16,
-          pred_stride,
+          {pred_stride[0], pred_stride[1]},
           at<const bool>(map),
           at<const int64_t>(index),
           batch,
@@ -193,6 +194,11 @@ mimfast::LocalNorm make_local_norm(uintptr_t img, bool img_uint8, std::array<int
           radius,
           {floor[0], floor[1], floor[2]},
           at<float>(out)};
+}
+
+mimfast::HogLoss make_hog_loss(const mimfast::LossRows& rows, const mimfast::HogImages& images, int32_t side,
+                               int32_t parts, uintptr_t count, uintptr_t upstream, uintptr_t partial, bool stale) {
+  return {rows, images, side, parts, at<const int64_t>(count), at<const float>(upstream), at<float>(partial), stale};
 }
 
 using release_gil = py::call_guard<py::gil_scoped_release>;
@@ -261,6 +267,12 @@ PYBIND11_MODULE(_core, m) {
            py::arg("mean"), py::arg("std"), py::arg("eps"));
   m.def("pixel_loss_cpu", &mimfast::pixel_loss_cpu, py::arg("call"), py::arg("threads"), release_gil());
 
+  py::class_<mimfast::HogLoss>(m, "HogLoss", py::module_local(), "One call, as in csrc/hog_loss.h.")
+      .def(py::init(&make_hog_loss), py::kw_only(), py::arg("rows"), py::arg("images"), py::arg("side"),
+           py::arg("parts"), py::arg("count"), py::arg("upstream"), py::arg("partial"), py::arg("stale"));
+  m.def("hog_loss_cpu", &mimfast::hog_loss_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  m.def("hog_loss_partials", &mimfast::hog_loss_partials, py::arg("call"));
+
   py::class_<mimfast::LocalNorm>(m, "LocalNorm", py::module_local(), "One call, as in csrc/local_norm.h.")
       .def(py::init(&make_local_norm), py::kw_only(), py::arg("img"), py::arg("img_uint8"), py::arg("stride"),
            py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("radius"), py::arg("floor"), py::arg("out"));
@@ -269,6 +281,10 @@ PYBIND11_MODULE(_core, m) {
   m.attr("LOCAL_NORM_MAX_WIDTH_CUDA") = mimfast::kLocalNormMaxWidthCuda;
 
 #ifdef MIMFAST_CUDA
+  m.def(
+      "hog_loss_cuda",
+      [](const mimfast::HogLoss& call, uintptr_t stream) { mimfast::hog_loss_cuda(call, at<CUstream_st>(stream)); },
+      py::arg("call"), py::arg("stream"), release_gil());
   m.def(
       "local_norm_cuda",
       [](const mimfast::LocalNorm& call, uintptr_t stream) { mimfast::local_norm_cuda(call, at<CUstream_st>(stream)); },

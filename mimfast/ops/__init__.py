@@ -5,6 +5,7 @@ Each op is one file with the name of its function. The functions are bound here,
 """
 
 from mimfast.ops.hog import hog
+from mimfast.ops.hog_loss import hog_loss
 from mimfast.ops.local_norm import local_norm
 from mimfast.ops.mask_blockwise import mask_blockwise
 from mimfast.ops.mask_guided import mask_guided
@@ -18,6 +19,7 @@ from mimfast.ops.short_attention import short_attention
 
 __all__ = [
     "hog",
+    "hog_loss",
     "local_norm",
     "mask_blockwise",
     "mask_guided",
