@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mimfast import _names, _weights, encoders, methods
 from mimfast._check import UserError, fail
 from mimfast.decoders import ViTDecoder
 from mimfast.encoders import relative
-from mimfast.encoders.positions import resized, sincos_2d
+from mimfast.encoders.positions import sincos_2d
 from mimfast.encoders.tables import geometric_resize
 from mimfast.encoders.vit import EPS, ViT
 from mimfast.exports import LAYOUTS as LAYOUTS
@@ -250,7 +251,10 @@ def _fitted(state: dict[str, Tensor], model: nn.Module, notes: list[str]) -> dic
             side = isqrt(value.shape[1] - 1)
             if side * side != value.shape[1] - 1 or value.shape[2] != new.shape[2]:
                 continue
-            found[key] = resized(value, (side, side), encoder.grid)
+            # with the authors' weights of the spline, which those of the smoothed one in `ViT.at` are not
+            patches = value[:, 1:].float().mT.unflatten(-1, (side, side))
+            patches = F.interpolate(patches, encoder.grid, mode="bicubic", align_corners=False).flatten(2).mT
+            found[key] = torch.cat([value[:, :1], patches.to(value.dtype)], dim=1)
         elif hasattr(encoder, "cls_token"):
             side = (isqrt(value.shape[0] - relative.EXTRA) + 1) // 2
             found[key] = relative.resized(value, (side, side), encoder.grid)

@@ -157,9 +157,8 @@ def _build_staged(name: str, img_size: Size, given: dict[str, Any], drop_last: i
     offered = signature(kind).parameters
     for option in arguments:
         if option not in offered:
-            fail(
-                op, "an option", repr(option), f"one of {', '.join(offered)}", f"{kind.__name__} has no other argument"
-            )
+            reason = f"{kind.__name__} has no other argument"
+            fail(op, "an option", repr(option), f"one of {', '.join(offered)}", reason)
     depths = list(arguments.get("depths", offered["depths"].default))
     if not 0 <= drop_last < sum(depths):
         because = f"{name} has {sum(depths)} blocks and keeps at least one"

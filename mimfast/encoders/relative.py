@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimfast.encoders.tables import _matrix_on
+from mimfast.encoders.tables import matrix_on
 
 EXTRA = 3  # rows for the class token
 NAME = "relative_position_bias_table"
@@ -50,7 +50,7 @@ def resized(table: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Ten
         (entries(other), h) in the dtype of `table`; the gradient reaches `table`.
     """
     wide = torch.promote_types(table.dtype, torch.float32)
-    by_row, by_column = (_matrix_on(a, b, table.device, wide) for a, b in zip(grid, other, strict=True))
+    by_row, by_column = (matrix_on(a, b, table.device, wide) for a, b in zip(grid, other, strict=True))
     offsets_abh = table[:-EXTRA].to(wide).unflatten(0, (2 * grid[0] - 1, 2 * grid[1] - 1))
     new_nh = torch.einsum("ya,xb,abh->yxh", by_row, by_column, offsets_abh).flatten(0, 1)
     return torch.cat([new_nh.to(table.dtype), table[-EXTRA:]])

@@ -37,14 +37,19 @@ def geometric_resize(table: Tensor, window_from: int, window_to: int) -> Tensor:
     if window_from == window_to:
         return table
     wide = torch.promote_types(table.dtype, torch.float32)
-    m_ts = _matrix_on(window_from, window_to, table.device, wide)
+    m_ts = matrix_on(window_from, window_to, table.device, wide)
     x_ssh = table.to(wide).unflatten(0, (s, s))
     return torch.einsum("as,bz,szh->abh", m_ts, m_ts, x_ssh).flatten(0, 1).to(table.dtype)
 
 
-@lru_cache(maxsize=64)
-def _matrix_on(window_from: int, window_to: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+@torch.compiler.assume_constant_result  # or a compiled graph would make it anew in every step
+def matrix_on(window_from: int, window_to: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`resize_matrix` on a device, kept there: a copy from the host waits and breaks CUDA-graph capture."""
+    return _kept(window_from, window_to, device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _kept(window_from: int, window_to: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # it may be needed for a gradient later
         return resize_matrix(window_from, window_to).to(device=device, dtype=dtype)
 

@@ -211,11 +211,17 @@ def test_drop_path() -> None:
 
 
 def test_traces_without_graph_breaks() -> None:
-    swin = tiny(mask_token=True)
-    mask, img, colour = Mask.random(2, (2, 2), 0.5), torch.randn(2, 3, 64, 64), torch.randn(1, 3, 1, 1)
-    for arguments in ({}, {"mask": mask, "mode": "replace"}, {"mask": mask, "mode": "paint", "colour": colour}):
-        compiled = torch.compile(swin, backend="eager", fullgraph=True)
-        assert torch.allclose(compiled(img, **arguments), swin(img, **arguments), atol=1e-6)
+    """A look at a tensor's values, which waits for the device, would break the graph."""
+    swin = tiny(32, mask_token=True, depths=(2, 0), heads=(1, 2))
+    img, colour = torch.randn(2, 3, 32, 32), torch.randn(1, 3, 1, 1)
+    ragged, mask = Mask.random(2, (2, 2), [0.25, 0.5]), Mask.random(2, (2, 2), 0.5)
+    for arguments in ((), (mask, "replace"), (ragged, "replace"), (mask, "paint"), (Mask.random(2, (16, 16), 0.5),)):
+        compiled = torch.compile(swin, backend="eager", fullgraph=True, dynamic=False)
+        assert torch.allclose(compiled(img, *arguments, colour=colour), swin(img, *arguments, colour=colour), atol=1e-6)
+    other, img = swin.at(48), torch.randn(1, 3, 48, 48)
+    assert torch.allclose(
+        torch.compile(other, backend="eager", fullgraph=True, dynamic=False)(img), other(img), atol=1e-6
+    )
 
 
 def test_autocast_keeps_close() -> None:
