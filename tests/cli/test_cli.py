@@ -51,7 +51,19 @@ def test_short_options_hyphens_underscores_and_equals():
 
 
 def test_lists_and_methods_on_the_command_line(here):
-    words = "--progress.sizes 32 48 64 --progress.batch-sizes=8 4 2 --progress.starts 0 0.5 0.8".split()
+    words = [
+        "--progress.sizes",
+        "32",
+        "48",
+        "64",
+        "--progress.batch-sizes=8",
+        "4",
+        "2",
+        "--progress.starts",
+        "0",
+        "0.5",
+        "0.8",
+    ]
     recipe = _read(
         "fastmim_tiny", *words, "--mask.block", "8", "--optim.schedule", "multistep", "--optim.milestones", "0.9"
     )
