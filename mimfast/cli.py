@@ -8,6 +8,7 @@ is not usable;
 import os
 import signal
 import sys
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -235,7 +236,8 @@ def _by_tyro(base: "Recipe", words: list[str], wants_help: bool) -> "Recipe | No
     from mimfast import recipes
 
     if wants_help:
-        print(HELP.format(recipes=", ".join(make.__name__ for make in recipes.RECIPES)))
+        names = ", ".join(make.__name__ for make in recipes.RECIPES)
+        print(HELP.format(recipes=textwrap.fill(names, 108, subsequent_indent=" " * 9)))
     try:
         return tyro.cli(
             recipes.Recipe,
