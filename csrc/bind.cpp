@@ -18,6 +18,7 @@
 #include "noop.h"
 #include "patch_gather.h"
 #include "pixel_loss.h"
+#include "short_attention.h"
 
 namespace py = pybind11;
 
@@ -201,6 +202,25 @@ mimfast::HogLoss make_hog_loss(const mimfast::LossRows& rows, const mimfast::Hog
   return {rows, images, side, parts, at<const int64_t>(count), at<const float>(upstream), at<float>(partial), stale};
 }
 
+mimfast::ShortAttention make_short_attention(uintptr_t qkv, bool bf16, std::array<int64_t, 2> qkv_stride,
+                                             uintptr_t cu_seqlens, int64_t groups, int64_t tokens, int32_t heads,
+                                             int32_t head, float scale, uintptr_t grad,
+                                             std::array<int64_t, 2> grad_stride, uintptr_t out, uintptr_t d_qkv) {
+  return {at<const void>(qkv),
+          bf16,
+          qkv_stride,
+          at<const int32_t>(cu_seqlens),
+          groups,
+          tokens,
+          heads,
+          head,
+          scale,
+          at<const void>(grad),
+          grad_stride,
+          at<void>(out),
+          at<void>(d_qkv)};
+}
+
 using release_gil = py::call_guard<py::gil_scoped_release>;
 
 }  // namespace
@@ -266,6 +286,12 @@ PYBIND11_MODULE(_core, m) {
            py::arg("img_stride"), py::arg("grid_cols"), py::arg("patch"), py::arg("norm"), py::arg("colour_major"),
            py::arg("mean"), py::arg("std"), py::arg("eps"));
   m.def("pixel_loss_cpu", &mimfast::pixel_loss_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  py::class_<mimfast::ShortAttention>(m, "ShortAttention", py::module_local(),
+                                      "One call, as in csrc/short_attention.h.")
+      .def(py::init(&make_short_attention), py::kw_only(), py::arg("qkv"), py::arg("bf16"), py::arg("qkv_stride"),
+           py::arg("cu_seqlens"), py::arg("groups"), py::arg("tokens"), py::arg("heads"), py::arg("head"),
+           py::arg("scale"), py::arg("grad"), py::arg("grad_stride"), py::arg("out"), py::arg("d_qkv"));
+  m.def("short_attention_cpu", &mimfast::short_attention_cpu, py::arg("call"), py::arg("threads"), release_gil());
 
   py::class_<mimfast::HogLoss>(m, "HogLoss", py::module_local(), "One call, as in csrc/hog_loss.h.")
       .def(py::init(&make_hog_loss), py::kw_only(), py::arg("rows"), py::arg("images"), py::arg("side"),
