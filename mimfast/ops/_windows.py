@@ -149,7 +149,8 @@ def run_cpu(
     filled = {name: outputs.get(name) for name in ("out", "d_qkv", "d_table", "d_bias", "d_head_scale")}
     call = core.WindowAttention(
         qkv=qkv.data_ptr(), bf16=dtype == torch.bfloat16, qkv_stride=qkv.stride()[:3],
-        group_stride=0 if group is None or len(group) == 1 else group.stride(0), batch=qkv.shape[0], rows=qkv.shape[1], cols=qkv.shape[2],
+        group_stride=0 if group is None or len(group) == 1 else group.stride(0),
+        batch=qkv.shape[0], rows=qkv.shape[1], cols=qkv.shape[2],
         heads=heads, head=qkv.shape[3] // (3 * heads), window=window, shift=shift, roll_first=pad == PADS[1],
         scale=scale, mask=mask_value, grad_stride=(0, 0, 0) if grad is None else grad.stride()[:3],
         **{name: 0 if x is None or not x.numel() else x.data_ptr() for name, x in (inputs | filled).items()},
