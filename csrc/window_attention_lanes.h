@@ -2,6 +2,12 @@
 // in the same namespace. A window is gathered; scores and probabilities of a block of queries at a time stay in the
 // first caches and are recomputed in the backward.
 
+// where the tokens of a window are; y = -1 for padding
+struct Tokens {
+  int64_t image;
+  std::vector<int64_t> y, x;  // [n]
+};
+
 // what one thread works with; rows are multiples of kLanes values
 struct Scratch {
   int64_t keys, pitch, blocks;  // n; d and n / kBlock, rounded up
@@ -13,9 +19,9 @@ struct Scratch {
   float* inverse;               // [kBlock], 1 / sum of a query
   float *q_size, *k_size;       // [n], cosine form: 1 / norm, or 0 where the norm is
   float* labels;                // [blocks * kBlock], regions of the rolled map
-  std::vector<int32_t> y, x;    // [n], where each token is; y = -1 for padding
   std::vector<int32_t> ids;     // [blocks * kBlock], groups; -1 for padding
   bool masked, grouped;         // whether any pair of this window is kept apart by labels, by ids
+  Tokens now, next;             // of this window, and of the one to fetch meanwhile
   std::vector<float> memory;
 
   Scratch(const WindowAttention& call, int64_t n)
@@ -44,14 +50,16 @@ struct Scratch {
     int64_t total = kLine;
     for (const int64_t size : sizes) total += (size + kLine - 1) / kLine * kLine;
     memory.assign(static_cast<size_t>(total), 0.0f);
-    float* next = memory.data();
-    while (reinterpret_cast<uintptr_t>(next) % (kLine * sizeof(float)) != 0) ++next;
+    float* spare = memory.data();
+    while (reinterpret_cast<uintptr_t>(spare) % (kLine * sizeof(float)) != 0) ++spare;
     for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); ++i) {
-      *arrays[i] = next;
-      next += (sizes[i] + kLine - 1) / kLine * kLine;
+      *arrays[i] = spare;
+      spare += (sizes[i] + kLine - 1) / kLine * kLine;
     }
-    y.resize(static_cast<size_t>(n));
-    x.resize(static_cast<size_t>(n));
+    for (Tokens* tokens : {&now, &next}) {
+      tokens->y.resize(static_cast<size_t>(n));
+      tokens->x.resize(static_cast<size_t>(n));
+    }
     ids.assign(static_cast<size_t>(all_rows), -1);
   }
 };
@@ -80,55 +88,83 @@ MIMFAST_LANE_FN float dot(const float* a, const float* b, int64_t pitch) {
   return total;
 }
 
-// where the tokens of window `w` of image `b` are, and who is kept apart from whom
-inline void place(const WindowAttention& call, const Map& map, int64_t b, int64_t w, Scratch& s) {
-  const int64_t top = w / map.across * call.window[0], left = w % map.across * call.window[1];
+// window `w`, counted through the batch
+inline void locate(const WindowAttention& call, const Map& map, int64_t w, Tokens& tokens) {
+  const int64_t top = w % map.windows / map.across * call.window[0];
+  const int64_t left = w % map.windows % map.across * call.window[1];
+  tokens.image = w / map.windows;
   size_t i = 0;
   for (int64_t r = top; r < top + call.window[0]; ++r)
     for (int64_t c = left; c < left + call.window[1]; ++c, ++i) {
       const int32_t y = map.row_source[static_cast<size_t>(r)], x = map.col_source[static_cast<size_t>(c)];
-      const bool padding = y < 0 || x < 0;
-      s.y[i] = padding ? -1 : y;
-      s.x[i] = x;
-      s.labels[i] =
-          static_cast<float>(3 * map.row_label[static_cast<size_t>(r)] + map.col_label[static_cast<size_t>(c)]);
-      if (call.group != nullptr) s.ids[i] = padding ? -1 : call.group[b * call.group_stride + y * call.cols + x];
+      tokens.y[i] = x < 0 ? -1 : y;
+      tokens.x[i] = x;
     }
+}
+
+// who is kept apart from whom in window `w`, whose tokens are s.now
+inline void divide(const WindowAttention& call, const Map& map, int64_t w, Scratch& s) {
+  const int64_t top = w % map.windows / map.across * call.window[0];
+  const int64_t left = w % map.windows % map.across * call.window[1];
   s.masked = s.grouped = false;
-  for (size_t j = 1; j < i; ++j) {
-    s.masked = s.masked || s.labels[j] != s.labels[0];
-    s.grouped = s.grouped || s.ids[j] != s.ids[0];
-  }
-}
-
-// part 0, 1, 2 (q, k, v) of the window's tokens
-template <typename T>
-MIMFAST_LANE_FN void gather(const WindowAttention& call, int64_t b, int64_t head, int part, const Scratch& s,
-                            float* to) {
-  const int64_t column = (int64_t{part} * call.heads + head) * call.head;
-  const T* image = static_cast<const T*>(call.qkv) + b * call.qkv_stride[0] + column;
-  for (int64_t i = 0; i < s.keys; ++i, to += s.pitch) {
-    const int64_t y = s.y[static_cast<size_t>(i)], x = s.x[static_cast<size_t>(i)];
-    if (y >= 0)
-      fetch(image + y * call.qkv_stride[1] + x * call.qkv_stride[2], to, call.head);
-    else if (call.qkv_bias != nullptr)
-      fetch(call.qkv_bias + column, to, call.head);
-    else
-      std::fill(to, to + call.head, 0.0f);
-  }
-}
-
-template <typename T>
-MIMFAST_LANE_FN void gather_grad(const WindowAttention& call, int64_t b, int64_t head, const Scratch& s) {
-  const T* image = static_cast<const T*>(call.grad) + b * call.grad_stride[0] + head * call.head;
   for (int64_t i = 0; i < s.keys; ++i) {
-    const int64_t y = s.y[static_cast<size_t>(i)], x = s.x[static_cast<size_t>(i)];
-    float* to = s.grad + i * s.pitch;
-    if (y >= 0)
-      fetch(image + y * call.grad_stride[1] + x * call.grad_stride[2], to, call.head);
-    else
-      std::fill(to, to + call.head, 0.0f);  // what padding computes is thrown away
+    const size_t r = static_cast<size_t>(top + i / call.window[1]), c = static_cast<size_t>(left + i % call.window[1]);
+    s.labels[i] = static_cast<float>(3 * map.row_label[r] + map.col_label[c]);
+    s.masked = s.masked || s.labels[i] != s.labels[0];
   }
+  if (call.group == nullptr) return;
+  const int32_t* group = call.group + s.now.image * call.group_stride;
+  for (size_t i = 0; i < static_cast<size_t>(s.keys); ++i) {
+    s.ids[i] = s.now.y[i] < 0 ? -1 : group[s.now.y[i] * call.cols + s.now.x[i]];
+    s.grouped = s.grouped || s.ids[i] != s.ids[0];
+  }
+}
+
+// the rows of a head of one tensor in image order; which token has which
+template <typename T>
+struct Rows {
+  T* base;
+  std::array<int64_t, 3> stride;
+
+  T* at(const Tokens& tokens, int64_t i) const {
+    const size_t t = static_cast<size_t>(i);
+    return base + tokens.image * stride[0] + tokens.y[t] * stride[1] + tokens.x[t] * stride[2];
+  }
+};
+
+// asks for rows that will be read (0) or written (1) soon
+template <int WRITE, typename T>
+MIMFAST_LANE_FN void expect(const Rows<T>& rows, const Tokens& tokens, int64_t keys, int64_t head) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < keys; ++i)
+    if (tokens.y[static_cast<size_t>(i)] >= 0) {
+      T* row = rows.at(tokens, i);
+      for (int64_t c = 0; c < head; c += kLine) __builtin_prefetch(row + c, WRITE, 2);
+    }
+}
+
+// the rows of the window's tokens; padding has those of `padding`, or zeros
+template <typename T>
+MIMFAST_LANE_FN void gather(const Rows<const T>& rows, const Scratch& s, int64_t head, const float* padding,
+                            float* to) {
+  for (int64_t i = 0; i < s.keys; ++i, to += s.pitch)
+    if (s.now.y[static_cast<size_t>(i)] >= 0)
+      fetch(rows.at(s.now, i), to, head);
+    else if (padding != nullptr)
+      fetch(padding, to, head);
+    else
+      std::fill(to, to + head, 0.0f);
+}
+
+// the other way, for tokens first .. first + count - 1; what padding gets is added to `padding`, if any
+template <typename T>
+MIMFAST_LANE_FN void scatter(const Rows<T>& rows, const Scratch& s, int64_t head, int64_t first, int64_t count,
+                             const float* from, float factor, float* padding) {
+  for (int64_t i = first; i < first + count; ++i, from += s.pitch)
+    if (s.now.y[static_cast<size_t>(i)] >= 0)
+      put(from, factor, rows.at(s.now, i), head);
+    else if (padding != nullptr)
+      for (int64_t c = 0; c < head; ++c) padding[c] += from[c] * factor;
 }
 
 // rows over their norms; a row without a norm has no gradient
@@ -250,99 +286,120 @@ inline void fold_bias(const WindowAttention& call, const Scratch& s, float* tabl
     }
 }
 
+// a head of the call's tensors
 template <typename T>
-MIMFAST_TARGET void forward_window(const WindowAttention& call, int64_t b, int64_t head, Scratch& s) {
-  gather<T>(call, b, head, 0, s, s.q);
-  gather<T>(call, b, head, 1, s, s.k);
-  gather<T>(call, b, head, 2, s, s.v);
-  float scale = call.scale;
+struct Head {
+  int64_t size;
+  float scale;
+  Rows<const T> in[3], grad;
+  Rows<T> d_in[3], out;
+  const float* padding[3];
+
+  Head(const WindowAttention& call, int64_t head) : size(call.head) {
+    const int64_t width = int64_t{call.heads} * size;
+    const std::array<int64_t, 3> dense = {call.rows * call.cols * width, call.cols * width, width};
+    const std::array<int64_t, 3> dense3 = {3 * dense[0], 3 * dense[1], 3 * dense[2]};
+    scale = call.head_scale != nullptr ? call.head_scale[head] : call.scale;
+    grad = {static_cast<const T*>(call.grad) + head * size, call.grad_stride};
+    out = {static_cast<T*>(call.out) + head * size, dense};
+    for (int64_t part = 0; part < 3; ++part) {
+      const int64_t column = part * width + head * size;
+      in[part] = {static_cast<const T*>(call.qkv) + column, call.qkv_stride};
+      d_in[part] = {static_cast<T*>(call.d_qkv) + column, dense3};
+      padding[part] = call.qkv_bias != nullptr ? call.qkv_bias + column : nullptr;
+    }
+  }
+};
+
+template <typename T>
+MIMFAST_LANE_FN void gather_all(const WindowAttention& call, const Head<T>& head, Scratch& s) {
+  gather(head.in[0], s, head.size, head.padding[0], s.q);
+  gather(head.in[1], s, head.size, head.padding[1], s.k);
+  gather(head.in[2], s, head.size, head.padding[2], s.v);
   if (call.head_scale != nullptr) {
     normalize(s.q, s.q_size, s);
     normalize(s.k, s.k_size, s);
-    scale = call.head_scale[head];
   }
+}
+
+template <typename T>
+MIMFAST_TARGET void forward_window(const WindowAttention& call, const Head<T>& head, Scratch& s) {
+  gather_all(call, head, s);
+  expect<0>(head.in[0], s.next, s.keys, head.size);
+  expect<1>(head.out, s.now, s.keys, head.size);
   for (int64_t block = 0; block < s.blocks; ++block) {
     const int64_t first = block * kBlock, queries = std::min<int64_t>(kBlock, s.keys - first);
-    attend(call, s, scale * kLog2e, block, (queries + kLanes - 1) / kLanes);
+    attend(call, s, head.scale * kLog2e, block, (queries + kLanes - 1) / kLanes);
+    if (block == 0) expect<0>(head.in[1], s.next, s.keys, head.size);
     over_keys(s.probs, s.v, s.rows, s.pitch, queries, s.keys);
-    for (int64_t i = 0; i < queries; ++i) {
-      const int64_t y = s.y[static_cast<size_t>(first + i)], x = s.x[static_cast<size_t>(first + i)];
-      T* image = static_cast<T*>(call.out) + ((b * call.rows + y) * call.cols + x) * call.heads * call.head;
-      if (y >= 0) put(s.rows + i * s.pitch, s.inverse[i], image + head * call.head, call.head);
-    }
-  }
-}
-
-// rows of part 0, 1, 2 (q, k, v) of the gradient, from token `first` on; those of padding go into `padding`, if any
-template <typename T>
-MIMFAST_LANE_FN void scatter(const WindowAttention& call, int64_t b, int64_t head, int part, const Scratch& s,
-                             int64_t first, int64_t count, const float* from, float factor, float* padding) {
-  const int64_t width = int64_t{3} * call.heads * call.head, column = (int64_t{part} * call.heads + head) * call.head;
-  for (int64_t i = 0; i < count; ++i, from += s.pitch) {
-    const int64_t y = s.y[static_cast<size_t>(first + i)], x = s.x[static_cast<size_t>(first + i)];
-    if (y >= 0)
-      put(from, factor, static_cast<T*>(call.d_qkv) + ((b * call.rows + y) * call.cols + x) * width + column,
-          call.head);
-    else if (padding != nullptr)
-      for (int64_t c = 0; c < call.head; ++c) padding[part * call.head + c] += from[c] * factor;
+    if (block == 0) expect<0>(head.in[2], s.next, s.keys, head.size);
+    for (int64_t i = 0; i < queries; ++i)
+      if (s.now.y[static_cast<size_t>(first + i)] >= 0)
+        put(s.rows + i * s.pitch, s.inverse[i], head.out.at(s.now, first + i), head.size);
   }
 }
 
 template <typename T>
-MIMFAST_TARGET void backward_window(const WindowAttention& call, int64_t b, int64_t head, Scratch& s,
+MIMFAST_TARGET void backward_window(const WindowAttention& call, const Head<T>& head, Scratch& s,
                                     const Partial& partial) {
-  gather<T>(call, b, head, 0, s, s.q);
-  gather<T>(call, b, head, 1, s, s.k);
-  gather<T>(call, b, head, 2, s, s.v);
-  gather_grad<T>(call, b, head, s);
+  gather_all(call, head, s);
+  gather(head.grad, s, head.size, nullptr, s.grad);  // what padding computes is thrown away
+  expect<0>(head.in[0], s.next, s.keys, head.size);
   const bool cosine = call.head_scale != nullptr;
-  const float scale = cosine ? call.head_scale[head] : call.scale;
-  if (cosine) {
-    normalize(s.q, s.q_size, s);
-    normalize(s.k, s.k_size, s);
-  }
   for (int64_t block = 0; block < s.blocks; ++block) {
     const int64_t first = block * kBlock, queries = std::min<int64_t>(kBlock, s.keys - first);
     const int64_t vecs = (queries + kLanes - 1) / kLanes;
     const float *q = s.q + first * s.pitch, *grad = s.grad + first * s.pitch;
-    attend(call, s, scale * kLog2e, block, vecs);
+    attend(call, s, head.scale * kLog2e, block, vecs);
+    if (block == 0) expect<0>(head.in[1], s.next, s.keys, head.size);
     turn(grad, s.turned_grad, s.pitch, vecs);
     scores_of(s.v, s.turned_grad, s.d_scores, s.pitch, s.keys, vecs);
+    if (block == 0) expect<0>(head.in[2], s.next, s.keys, head.size);
     float* d_bias = s.d_bias + block * s.keys * kBlock;
     for (int64_t v = 0; v < vecs; v += v + 4 <= vecs ? 4 : 1) {
       const int64_t at = v * kLanes;
       (v + 4 <= vecs ? differentiate<4> : differentiate<1>)(s, s.probs + at, s.d_scores + at, d_bias + at,
                                                             s.inverse + at);
     }
+    if (block == 0) expect<1>(head.d_in[0], s.now, s.keys, head.size);
     over_queries(s.probs, grad, s.d_v, s.pitch, s.keys, queries, block > 0);
+    if (block == 0) expect<1>(head.d_in[1], s.now, s.keys, head.size);
     over_queries(s.d_scores, q, s.d_k, s.pitch, s.keys, queries, block > 0);
+    if (block == 0) expect<1>(head.d_in[2], s.now, s.keys, head.size);
     over_keys(s.d_scores, s.k, s.rows, s.pitch, queries, s.keys);
+    if (block == 0) expect<0>(head.grad, s.next, s.keys, head.size);
     if (cosine)
       for (int64_t i = 0; i < queries; ++i)
         *partial.head_scale += through_norm(q + i * s.pitch, s.q_size[first + i], s.rows + i * s.pitch, s.pitch);
-    scatter<T>(call, b, head, 0, s, first, queries, s.rows, scale, nullptr);
+    scatter(head.d_in[0], s, head.size, first, queries, s.rows, head.scale, nullptr);
   }
   if (cosine)
     for (int64_t j = 0; j < s.keys; ++j) through_norm(s.k + j * s.pitch, s.k_size[j], s.d_k + j * s.pitch, s.pitch);
-  scatter<T>(call, b, head, 1, s, 0, s.keys, s.d_k, scale, partial.bias);
-  scatter<T>(call, b, head, 2, s, 0, s.keys, s.d_v, 1.0f, partial.bias);
+  float* padding = partial.bias;
+  scatter(head.d_in[1], s, head.size, 0, s.keys, s.d_k, head.scale, padding == nullptr ? padding : padding + head.size);
+  scatter(head.d_in[2], s, head.size, 0, s.keys, s.d_v, 1.0f, padding == nullptr ? padding : padding + 2 * head.size);
 }
 
-// items [begin, end): item = chunk of windows * heads + head
+// items of work until none is left; item = chunk of windows * heads + head
 template <typename T>
-inline void run_items(const WindowAttention& call, const Map& map, const Plan& plan, int64_t begin, int64_t end) {
+inline void run_items(const WindowAttention& call, const Map& map, const Plan& plan, std::atomic<int64_t>& free_item) {
   Scratch s(call, int64_t{call.window[0]} * call.window[1]);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t head = item % call.heads, first = item / call.heads * plan.chunk;
-    spread_bias(call, plan.table_of(head), s);
+  const bool backward = call.d_qkv != nullptr;
+  for (int64_t item; (item = free_item++) < plan.items;) {
+    const int64_t first = item / call.heads * plan.chunk, last = std::min(first + plan.chunk, plan.windows);
+    const Head<T> head(call, item % call.heads);
     const Partial partial = plan.partial(item);
-    if (call.d_qkv != nullptr) std::fill(s.d_bias, s.d_bias + s.blocks * kBlock * s.keys, 0.0f);
-    for (int64_t w = first; w < std::min(first + plan.chunk, plan.windows); ++w) {
-      place(call, map, w / map.windows, w % map.windows, s);
-      if (call.d_qkv != nullptr)
-        backward_window<T>(call, w / map.windows, head, s, partial);
+    spread_bias(call, plan.table_of(item % call.heads), s);
+    if (partial.table != nullptr) std::fill(s.d_bias, s.d_bias + s.blocks * kBlock * s.keys, 0.0f);
+    locate(call, map, first, s.next);
+    for (int64_t w = first; w < last; ++w) {
+      std::swap(s.now, s.next);
+      divide(call, map, w, s);
+      locate(call, map, std::min(w + 1, last - 1), s.next);
+      if (backward)
+        backward_window(call, head, s, partial);
       else
-        forward_window<T>(call, w / map.windows, head, s);
+        forward_window(call, head, s);
     }
     if (partial.table != nullptr) fold_bias(call, s, partial.table);
   }
