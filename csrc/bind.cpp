@@ -255,7 +255,8 @@ PYBIND11_MODULE(_core, m) {
            py::arg("shift"), py::arg("roll_first"), py::arg("scale"), py::arg("mask"), py::arg("grad"),
            py::arg("grad_stride"), py::arg("out"), py::arg("d_qkv"), py::arg("d_table"), py::arg("d_bias"),
            py::arg("d_head_scale"));
-  m.def("window_attention_cpu", &mimfast::window_attention_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  m.def("window_attention_cpu", &mimfast::window_attention_cpu, py::arg("call"), py::arg("threads"),
+        py::arg("lanes") = 16, release_gil());
 
 #ifdef MIMFAST_CUDA
   m.def(
