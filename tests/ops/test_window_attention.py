@@ -23,8 +23,10 @@ IDS = ["whole", "padded", "grouped"]
 @pytest.mark.parametrize("case", CASES + BIG, ids=str)
 def test_value_and_gradient(case, impl, device):
     skip_unless(impl, device)
-    if impl == "triton" and device == "cpu" and (case in BIG or case.dtype == "bf16"):
-        pytest.skip("Triton's interpreter is slow, and multiplies the bits of bfloat16 matrices, not their values")
+    if impl == "triton" and (case in BIG or (device == "cpu" and case.dtype == "bf16")):
+        pytest.skip(
+            "too large; or Triton's interpreter, which multiplies the bits of bfloat16 matrices, not their values"
+        )
     # half types: torch's own rounding is that of the chain it runs in that type, not that of our float32 reference
     plain = window_attention_ref if case.dtype == "fp32" else eager
     with poisoned():
