@@ -458,7 +458,7 @@ def window_attention_bwd(
     return d_qkv, d_table, d_bias
 
 
-BLOCK_O = 16  # offsets of one program of the fold
+BLOCK_O = 32  # offsets of one program of the fold
 
 
 def _dense(x: Tensor) -> Tensor:
