@@ -26,7 +26,7 @@ from mimfast.ops._windows import (
 )
 
 IMPLS = ("triton", "cpu", "ref")
-TOKENS, HEADS, WIDE_TILE = 256, (16, 128), 8192  # what kernels/window_attention.py takes
+TOKENS, HEADS, WIDE_TILE = 256, (16, 64), {2: 8192, 4: 4096}  # what kernels/window_attention.py takes
 
 
 def window_attention_ref(
@@ -115,8 +115,10 @@ def _why_not(qkv: Tensor, window: tuple[int, int], heads: int, impl: str) -> str
         if n > TOKENS:
             return f"the kernel keeps a window on chip, which suits up to {TOKENS} tokens, and this one has {n}"
         tile = 1 << max(4, (n - 1).bit_length()) + (d - 1).bit_length()  # padded to powers of 2
-        if qkv.element_size() == 4 and tile > WIDE_TILE:
-            return f"{n} tokens x {d} values pad to {tile}, and float32 keys beyond {WIDE_TILE} do not fit on chip"
+        most = WIDE_TILE[qkv.element_size()]
+        if tile > most:
+            kind = str(qkv.dtype).removeprefix("torch.")
+            return f"{n} tokens x {d} values pad to {tile}, and {kind} keys beyond {most} do not fit on chip"
         if H * W * E >= 2**31:
             return f"the kernel counts the values of an image in 32 bits, and {H} x {W} x {E} do not fit"
     return why_not_on(impl, qkv.device.type)
