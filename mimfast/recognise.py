@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mimfast import pvt_names
 from mimfast._check import fail
 from mimfast._weights import Weights
+from mimfast.encoders import pvt_names
 from mimfast.encoders.beit_names import SHARED
 from mimfast.encoders.swin_names import official_names
 
