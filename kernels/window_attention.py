@@ -411,37 +411,28 @@ def tile_shape(tokens: int, head: int) -> tuple[int, int]:
     return max(16, triton.next_power_of_2(tokens)), max(16, triton.next_power_of_2(head))
 
 
-def forward_tile(tokens: int, head: int, size: int) -> Tile:
-    """For windows of `tokens` tokens, `head` values per head of `size` bytes. Chosen so that nothing spills."""
+def forward_tile(tokens: int, head: int, size: int, rare: bool) -> Tile:
+    """For windows of `tokens` tokens, `head` values per head of `size` bytes; `rare` with padding or groups, which take
+    registers. Chosen so that nothing spills.
+    """
     keys, pad = tile_shape(tokens, head)
     if size == 4:
         return Tile(keys, 16 if keys <= 64 else 32, max(1, min(8, keys * pad // 512)))
-    return Tile(keys, min(keys, 64 if keys <= 64 else 32), 1 if keys == 16 else 4 if keys <= 64 else 8)
+    if keys > 64:
+        return Tile(keys, 32, 8)
+    return Tile(keys, keys, 1 if keys == 16 else 8 if rare else 4)
 
 
 def backward_tiles(tokens: int, head: int, size: int, rare: bool) -> list[Tile]:
-    """One launch, or two: dq and the bias, then dk and dv; `rare` with padding or groups, which take registers."""
+    """One launch, or two: dq and the bias, then dk and dv."""
     keys, pad = tile_shape(tokens, head)
     if size == 4:
-        warps = max(1, min(8, keys * pad // 512))
-        return [Tile(min(keys, 128), 16, warps), Tile(min(keys, 1024 // pad if keys == 256 else 2048 // pad), 16, 8)]
+        first = Tile(min(keys, 128), 16, max(1, min(8, keys * pad // 512)))
+        return [first, Tile(min(keys, 512 // pad if keys == 256 else 2048 // pad), 16, 8)]
     if keys <= 64 and pad <= 32 and not rare:
         return [Tile(keys, keys, 1 if keys == 16 else keys // 8)]
-    return [Tile(min(keys, 128), 16 if keys > 128 else min(keys, 32), min(8, keys // 8)), Tile(min(keys, 64), 32, 8)]
-
-
-class Sizes(NamedTuple):
-    """What every kernel is given about the map, in this order."""
-
-    windows: int
-    parts: int
-    heads: int
-    rows: int
-    cols: int
-    across: int
-    per_image: int
-    shift_y: int
-    shift_x: int
+    first = Tile(min(keys, 128), 16 if keys > 128 else min(keys, 32), min(8, keys // 8))
+    return [first, Tile(min(keys, 32), 32, 4) if pad == 64 else Tile(min(keys, 64), 32, 8)]
 
 
 def window_attention_fwd(
@@ -452,12 +443,12 @@ def window_attention_fwd(
     qkv, head = _dense(qkv), qkv.shape[-1] // (3 * heads)
     out = qkv.new_empty(*qkv.shape[:-1], heads * head)
     tokens = window[0] * window[1]
-    tile = forward_tile(tokens, head, qkv.element_size())
+    tile = forward_tile(tokens, head, qkv.element_size(), _is_rare(qkv, window, group))
     sizes, blocks = _sizes(qkv, window, shift, heads, tile), triton.cdiv(tokens, tile.block)
     if out.numel():
         qkv_bias = _bias_of(qkv, qkv_bias, window)
         with torch.cuda.device_of(qkv):
-            window_attention_fwd_kernel[(sizes.parts * heads * blocks,)](
+            window_attention_fwd_kernel[(sizes[1] * heads * blocks,)](
                 qkv, table, qkv_bias, group, out, *sizes, scale * math.log2(math.e), mask_value * math.log2(math.e),
                 *qkv.stride()[:3], _pitch(group),
                 **_constants(qkv, table, qkv_bias, group, window, shift, pad, head, tile),
@@ -476,33 +467,35 @@ def window_attention_bwd(
     d_bias = qkv.new_zeros((0,) if given is None else given.shape, dtype=torch.float32)
     if not d_qkv.numel():
         return d_qkv, d_table, d_bias
-    tiles, qkv_bias = _bwd_tiles(qkv, head, window, group), _bias_of(qkv, qkv_bias, window)
+    tiles = backward_tiles(tokens, head, qkv.element_size(), _is_rare(qkv, window, group))
+    qkv_bias = _bias_of(qkv, qkv_bias, window)
     sizes, blocks = _sizes(qkv, window, shift, heads, tiles[0]), triton.cdiv(tokens, tiles[0].block)
+    windows, parts = sizes[:2]
     numbers = (scale, scale * math.log2(math.e), mask_value * math.log2(math.e))
     pitches = (*qkv.stride()[:3], *grad.stride()[:3], _pitch(group))
     constants = [_constants(qkv, table, qkv_bias, group, window, shift, pad, head, tile) for tile in tiles]
     fp32 = {"dtype": torch.float32}
-    d_scores = None if table is None else qkv.new_empty((sizes.parts, heads, tokens, tokens), **fp32)
-    sums = None if len(tiles) == 1 else qkv.new_empty((sizes.windows, heads, 2, tokens), **fp32)
+    d_scores = None if table is None else qkv.new_empty((parts, heads, tokens, tokens), **fp32)
+    sums = None if len(tiles) == 1 else qkv.new_empty((windows, heads, 2, tokens), **fp32)
     # what padding gets, by program of the launch that has dk and dv
     key_blocks = 1 if sums is None else triton.cdiv(tokens, tiles[1].keys)
     padding = None
     if constants[0]["PADDED"]:
-        programs = sizes.parts if sums is None else sizes.windows
+        programs = parts if sums is None else windows
         padding = qkv.new_empty((programs, heads, key_blocks, 2, constants[0]["PAD"]), **fp32)
     with torch.cuda.device_of(qkv):
-        window_attention_bwd_kernel[(sizes.parts * heads * blocks,)](
+        window_attention_bwd_kernel[(parts * heads * blocks,)](
             qkv, table, qkv_bias, group, grad, d_qkv, sums, d_scores, padding if sums is None else None, *sizes,
             *numbers, *pitches, **_first(tokens, head, tiles, qkv.element_size()), **constants[0],
         )  # fmt: skip
         if sums is not None:
-            window_attention_dkv_kernel[(sizes.windows * heads * key_blocks,)](
+            window_attention_dkv_kernel[(windows * heads * key_blocks,)](
                 qkv, table, qkv_bias, group, grad, d_qkv, sums, padding, *sizes, *numbers, *pitches, **constants[1]
             )
         if d_scores is not None:
             block, keys = fold_block(tokens), tile_shape(tokens, head)[0]
             window_attention_fold_kernel[(triton.cdiv(d_table.shape[0], block), heads)](
-                d_scores, d_table, sizes.parts, heads, WH=window[0], WW=window[1], KEYS=keys, BLOCK_O=block
+                d_scores, d_table, parts, heads, WH=window[0], WW=window[1], KEYS=keys, BLOCK_O=block
             )
     if padding is not None and given is not None:
         d_bias.view(3, heads, head)[1:] = padding.sum((0, 2))[..., :head].transpose(0, 1)
@@ -519,12 +512,13 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.shape[1] * x.stride(1) < 2**31 > x.shape[2] * x.stride(2) else x.contiguous()
 
 
-def _sizes(qkv: Tensor, window: list[int], shift: list[int], heads: int, tile: Tile) -> Sizes:
+def _sizes(qkv: Tensor, window: list[int], shift: list[int], heads: int, tile: Tile) -> tuple[int, ...]:
+    """What every kernel is told about the map, as STEADY names it."""
     (B, rows, cols, _), (WH, WW) = qkv.shape, window
     across, blocks = triton.cdiv(cols, WW), triton.cdiv(WH * WW, tile.block)
     per_image = triton.cdiv(rows, WH) * across
     parts = max(1, min(B * per_image, triton.cdiv(PROGRAMS, heads * blocks)))
-    return Sizes(B * per_image, parts, heads, rows, cols, across, per_image, *shift)
+    return B * per_image, parts, heads, rows, cols, across, per_image, *shift
 
 
 def _bias_of(qkv: Tensor, qkv_bias: Tensor | None, window: list[int]) -> Tensor | None:
@@ -534,9 +528,8 @@ def _bias_of(qkv: Tensor, qkv_bias: Tensor | None, window: list[int]) -> Tensor 
     return qkv.new_zeros(qkv.shape[-1]) if qkv_bias is None else qkv_bias.contiguous()
 
 
-def _bwd_tiles(qkv: Tensor, head: int, window: list[int], group: Tensor | None) -> list[Tile]:
-    rare = group is not None or qkv.shape[1] % window[0] > 0 or qkv.shape[2] % window[1] > 0
-    return backward_tiles(window[0] * window[1], head, qkv.element_size(), rare)
+def _is_rare(qkv: Tensor, window: list[int], group: Tensor | None) -> bool:
+    return group is not None or qkv.shape[1] % window[0] > 0 or qkv.shape[2] % window[1] > 0
 
 
 def _first(tokens: int, head: int, tiles: list[Tile], size: int) -> dict[str, bool]:
@@ -562,7 +555,7 @@ def _constants(
 
 def _aot(kind: str, window: int, head: int, rare: bool = False) -> dict[str, tuple]:
     """The launches of one shape, shifted and with a table; `rare` has padding and groups."""
-    size, tokens, types = (4 if kind == "fp32" else 2), window * window, {}
+    size, tokens = (4 if kind == "fp32" else 2), window * window
     pointers = {"qkv_ptr": f"*{kind}", "table_ptr": "*fp32"}
     pointers |= {"bias_ptr": f"*{kind}", "group_ptr": "*i32"} if rare else {}
     types = pointers | dict.fromkeys(STEADY, "i32") | dict.fromkeys(("scale", "mask"), "fp32")
@@ -572,7 +565,7 @@ def _aot(kind: str, window: int, head: int, rare: bool = False) -> dict[str, tup
     shape |= {"HEAD": head, "PAD": tile_shape(tokens, head)[1], "WH": window, "WW": window} | absent
     back = types | dict.fromkeys(("grad_ptr", "d_qkv_ptr"), f"*{kind}") | {"factor": "fp32"}
     back |= dict.fromkeys(("grad_b", "grad_y", "grad_x"), "i32:16")
-    forward, (first, *second) = forward_tile(tokens, head, size), backward_tiles(tokens, head, size, rare)
+    forward, (first, *second) = forward_tile(tokens, head, size, rare), backward_tiles(tokens, head, size, rare)
     suffix = f"{kind}-{window}-{head}" + ("-padded-grouped" if rare else "")
     padding = {"d_bias_ptr": "*fp32"}
     found = {f"fwd-{suffix}": (window_attention_fwd_kernel, types | {"out_ptr": f"*{kind}"}, shape, forward)}
