@@ -75,7 +75,7 @@ class Blob:
         self.ends.append(len(self.data))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.frombuffer(bytes(self.data), np.uint8), np.array(self.ends, np.int64)
+        return np.frombuffer(self.data, np.uint8), np.frombuffer(self.ends, np.int64)
 
 
 class _Folder(NamedTuple):
