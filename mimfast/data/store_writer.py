@@ -89,7 +89,11 @@ class Writer:
             entry["kept"].append([record.sample_id, len(record.data), record.crc32c, record.height, record.width])
         entry["done"] = self.done + len(records)  # type: ignore[assignment]
         with self._writing():
-            _write_all(self._data, b"".join(parts))
+            try:
+                _write_all(self._data, b"".join(parts))
+            except OSError:
+                self._keep_what_is_whole()
+                raise
         self._take(entry)
         self._lines.append(_line(entry))
         late = time.monotonic() - self._last > _COMMIT_SECONDS
@@ -104,6 +108,12 @@ class Writer:
             os.fsync(self._journal)
         self._lines.clear()
         self._committed, self._last = self.end, time.monotonic()
+
+    def _keep_what_is_whole(self) -> None:
+        """On a full disk: give the room of the record that did not fit to the journal."""
+        with contextlib.suppress(OSError, UserError):
+            os.ftruncate(self._data, self.end)
+            self.commit()
 
     def finish(self, source: Source, meta: dict[str, Any]) -> dict[str, Any]:
         """Turn it into a store; returns its header. source: gives names and labels."""
