@@ -3,9 +3,8 @@
     python bench/data/bench_prep.py --data SRC [--size 256] [--crop 224] [--workers 1 2] [--json FILE]
 
 SRC is anything `--data` takes. The contestants of a table take turns within one process; printed is the median of the
-rounds with the extremes. Tables: making a store with threads (and by the same code in processes, which is why threads
-are used); reading records in random order from the page cache; the loader's crops from originals and from stores;
-verify; CRC-32C.
+rounds with the extremes. Tables: making a store with threads, and by the same code in processes; reading records in
+random order from the page cache; the loader's crops from originals and from stores; checksums.
 """
 
 import argparse
@@ -28,9 +27,10 @@ from mimfast import _native
 from mimfast.data.cpu import usable_cpus
 from mimfast.data.crc32c import by_numpy, crc32c
 from mimfast.data.loader import Loader
-from mimfast.data.prep import PrepConfig, make_record, prep
+from mimfast.data.prep import _CHUNK, PrepConfig, _job, _meta, make_record, prep
 from mimfast.data.sources import Source, image_at, open_source
 from mimfast.data.store import Store
+from mimfast.data.store_writer import Writer
 from mimfast.data.verify import verify
 
 Row = dict[str, object]
@@ -73,18 +73,26 @@ def _chunk(first: int, last: int, config: PrepConfig) -> list:
 
 
 def making(spec: str, source: Source, config: PrepConfig, workers: list[int], folder: Path) -> dict:
-    """Stores with 1, 2, ... threads, and the records alone from as many processes."""
+    """Stores made with 1, 2, ... threads, and with as many processes."""
     numbers = itertools.count()
 
     def by_threads(count: int) -> float:
         return timed(len(source), lambda: prep(source, folder / f"{next(numbers)}", config, workers=count))
 
     def by_processes(count: int) -> float:
-        firsts = range(0, len(source), 16)
+        firsts = range(0, len(source), _CHUNK)
+        lasts = [min(first + _CHUNK, len(source)) for first in firsts]
+
+        def make() -> None:
+            job = _job(source, config)
+            with Writer(folder / f"{next(numbers)}", job) as writer:
+                for records in pool.map(_chunk, firsts, lasts, [config] * len(lasts)):
+                    writer.append(records)
+                writer.finish(source, _meta(source, job, spec))
+
         with ProcessPoolExecutor(count, initializer=_open_in_process, initargs=(spec,)) as pool:
             list(pool.map(_chunk, [0] * count, [1] * count, [config] * count))  # started before the clock
-            lasts = [min(first + 16, len(source)) for first in firsts]
-            return timed(len(source), lambda: list(pool.map(_chunk, firsts, lasts, [config] * len(lasts))))
+            return timed(len(source), make)
 
     calls: dict[str, Callable[[], float]] = {}
     for count in workers:
@@ -175,8 +183,6 @@ def main() -> None:
             stores[kind] = Store(Path(folder) / kind)
             print(f"{kind} store: {done.bytes / 1e6:.1f} MB, {done.bytes / done.images / 1e3:.1f} kB an image")
             calls |= making(args.data, source, config, args.workers, Path(folder) / f"{kind}-made")
-        (Path(folder) / "jpeg-made").mkdir()
-        (Path(folder) / "raw-made").mkdir()
         sources: dict[str, Source] = {"originals": source, **{f"{name} store": s for name, s in stores.items()}}
         results = {
             "prep": table("prep", "images/s", race(calls, args.rounds)),

@@ -68,7 +68,8 @@ class Parquet:
             raise OSError(f"row group of '{self.paths[self._group_of[group][0]]}' is damaged ({error})") from None
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None:
-            raise OSError("the row has no image bytes")
+            path = value.get("path") if isinstance(value, dict) else None
+            raise OSError("the row has no image bytes" + (f", only the path '{path}'" if path else ""))
         return data
 
     def name(self, i: int) -> str:

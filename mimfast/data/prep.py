@@ -1,7 +1,7 @@
 """Rewrite the images of a source once, at training size, into a store: decode, resize, encode, in threads.
 
-Threads because Pillow works outside the interpreter lock: on two cores they are as fast as processes for JPEG records
-and faster for raw ones, whose pixels processes would have to copy (bench/data/bench_prep.py).
+Threads because Pillow works outside the interpreter lock: on two cores they are as fast as processes, within what
+repeats differ by, and no pixels are copied from process to process (bench/data/bench_prep.py measures both).
 """
 
 import hashlib
