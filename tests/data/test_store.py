@@ -11,6 +11,7 @@ from PIL import Image
 
 from mimfast._check import UserError
 from mimfast.data import columns
+from mimfast.data import store as store_module
 from mimfast.data.decode import decode
 from mimfast.data.loader import Loader
 from mimfast.data.prep import PrepConfig, prep
@@ -20,6 +21,12 @@ from mimfast.data.verify import verify
 from mimfast.testing.images import encode, noise
 
 SIZES = [(80, 60), (60, 80), (31, 100), (32, 32), (20, 25), (64, 64)]
+
+
+@pytest.fixture(autouse=True)
+def check_what_is_read(monkeypatch):
+    """Also where the native core is missing and checksums are slow."""
+    monkeypatch.setattr(store_module, "is_fast", lambda: True)
 
 
 @pytest.fixture(scope="module")
