@@ -11,6 +11,8 @@
 #include "hog.h"
 #include "hog_loss.h"
 #include "local_norm.h"
+
+#include "crc32c.h"
 #include "mask_blockwise.h"
 #include "mask_guided.h"
 #include "mask_pack.h"
@@ -272,6 +274,13 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "noop_cpu", [](uintptr_t x, uintptr_t y, int64_t n) { mimfast::noop_cpu(at<const float>(x), at<float>(y), n); },
       py::arg("x"), py::arg("y"), py::arg("n"), release_gil());
+
+  m.def(
+      "crc32c_cpu",
+      [](uintptr_t data, int64_t n, uint32_t crc, bool portable) {
+        return mimfast::crc32c_cpu(at<const uint8_t>(data), n, crc, portable);
+      },
+      py::arg("data"), py::arg("n"), py::arg("crc") = 0, py::arg("portable") = false, release_gil());
 
   // module_local: the emulated twin may be loaded beside this module
   py::class_<mimfast::HogImages>(m, "HogImages", py::module_local(), "Images and rule, as in csrc/hog.h.")

@@ -1,4 +1,4 @@
-"""The command line: `mimfast pretrain | export | doctor`.
+"""The command line: `mimfast pretrain | prep | export | doctor`.
 
 Exit codes: 0 done; 1 an error inside mimfast (with traceback); 2 something in the command, the settings or the images
 is not usable;
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 USAGE = """usage: mimfast COMMAND ...
 
   mimfast pretrain [RECIPE] [--data DIR] [--section.key VALUE ...]   pre-train an encoder
+  mimfast prep SRC OUT [--size 256 --format jpeg|raw]                images at training size, in one checked file
+  mimfast prep verify OUT                                            find damaged images in it
   mimfast export RUN_OR_FILE OUT --layout timm|hf|mae|...            write weights under other names
   mimfast doctor [--markdown]                                        what this machine can run, and why not
 
@@ -33,7 +35,8 @@ Pre-train an encoder on a folder of images, and say at the end what it has learn
 recipes: {recipes}
          (without one: mae_photos; with --data digits: mae_digits; with --data DIR: mae_small)
 
-  --data DIR        folder of images in any tree, or "photos" or "digits"; as --data.path
+  --data DIR        folder of images in any tree, tar shards, a store of `mimfast prep`, or "photos" or "digits"; as
+                    --data.path
   --out DIR         run folder (default: the first free runs/NAME-N); as --run.out
   --steps N         length of the run; as --train.steps
   --batch-size N    images per step over all devices; as --optim.batch-size
@@ -92,18 +95,22 @@ def _route(argv: list[str]) -> int:
         return 0
     if command == "doctor":
         return _doctor(rest)
-    if command in ("pretrain", "export"):
+    if command in ("pretrain", "prep", "export"):
         if find_spec("tyro") is None:
             print(
                 "mimfast: the command line has no tyro to read its options, expected it installed: pip install tyro",
                 file=sys.stderr,
             )
             return 2
+        if command == "prep":
+            from mimfast.data.command import main as prep
+
+            return prep(rest)
         return _pretrain(rest) if command == "pretrain" else _export(rest)
     from mimfast._check import UserError
     from mimfast.settings import did_you_mean
 
-    known = ("pretrain", "export", "doctor")
+    known = ("pretrain", "prep", "export", "doctor")
     raise UserError(
         f"mimfast: command has {command!r}, expected {', '.join(known)} because no other "
         f"exists{did_you_mean(command, known)}"

@@ -63,7 +63,7 @@ class Index(NamedTuple):
         return self.folders[self.folder_ends[i] : self.folder_ends[i + 1]].tobytes()
 
 
-class _Blob:
+class Blob:
     """Byte strings appended one after the other."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class _Blob:
         self.ends.append(len(self.data))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.frombuffer(bytes(self.data), np.uint8), np.array(self.ends, np.int64)
+        return np.frombuffer(self.data, np.uint8), np.frombuffer(self.ends, np.int64)
 
 
 class _Folder(NamedTuple):
@@ -110,7 +110,7 @@ def scan(root: bytes) -> Index:
     Raises OSError when the root itself cannot be listed.
     """
     scanned = time.time_ns()
-    names, folders = _Blob(), _Blob()
+    names, folders = Blob(), Blob()
     mtimes, firsts = array("q"), array("h")
     classes: list[bytes] = []
     seen: set[tuple[int, int]] = set()
@@ -147,8 +147,8 @@ def scan(root: bytes) -> Index:
 
 
 def _assemble(
-    names: _Blob,
-    folders: _Blob,
+    names: Blob,
+    folders: Blob,
     mtimes: array,
     firsts: array,
     classes: list[bytes],
@@ -283,6 +283,11 @@ def _private_temporary_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="mimfast-"))
 
 
+def digest(name: bytes) -> str:
+    """What a cache file about the thing of this name is called."""
+    return hashlib.sha256(name).hexdigest()[:32]
+
+
 def load_index(root: bytes, cache_dir: Path) -> Index:
     """The index of `root`, an absolute real path: from the cache when it is current, else by scanning.
 
@@ -291,7 +296,7 @@ def load_index(root: bytes, cache_dir: Path) -> Index:
     """
     if os.path.join(os.fsencode(cache_dir.resolve()), b"").startswith(os.path.join(root, b"")):
         return scan(root)
-    path = cache_dir / "index" / (hashlib.sha256(root).hexdigest()[:32] + ".npy")
+    path = cache_dir / "index" / f"{digest(root)}.npy"
     try:
         index = unpack(np.load(path, mmap_mode="r", allow_pickle=False))
         if is_current(index, root):

@@ -23,9 +23,9 @@ from mimfast import philox
 from mimfast._check import UserError, fail
 from mimfast.data.cpu import default_workers as default_workers
 from mimfast.data.crop import CropConfig, centre_box, crop_box, crop_words, min_decoded_side, resample
-from mimfast.data.decode import BadImage, decode_image
+from mimfast.data.decode import BadImage
 from mimfast.data.order import sample_at
-from mimfast.data.sources import Source
+from mimfast.data.sources import Source, image_at
 
 _RANDOM_ATTEMPTS = 8
 _MAX_ATTEMPTS = 1000
@@ -125,7 +125,7 @@ class _Reader:
         if image is not None or sample_id in self.bad:
             return image
         try:
-            image = decode_image(self.source.read(sample_id), self._min_side)
+            image = image_at(self.source, sample_id, self._min_side)
         except BadImage as error:
             self.bad.add(sample_id, self.source.name(sample_id), error.reason)
         except OSError as error:

@@ -1,6 +1,7 @@
-"""Where images come from: a folder tree, or one of the two small sets that the demo extra brings.
+"""Where images come from: a folder tree, tar shards, arrays, a mimfast store, or a set that the demo extra brings.
 
-A source is anything with the five members of `Source`. Image i is a sample id: it does not change within a run.
+A source is anything with the five members of `Source`. Image i is a sample id: it does not change within a run. A
+source whose images need no decoder also has `pixels(i)`, and `image_at` uses it.
 """
 
 import hashlib
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from mimfast._check import UserError
 from mimfast.data import index as _index
+from mimfast.data.decode import decode_image
+from mimfast.data.paths import files_of, kind_of
 
 
 class Source(Protocol):
@@ -41,8 +45,9 @@ class Folder:
     ) -> None:
         self.path = Path(path)
         self.held_out = held_out
+        if not self.path.is_dir():
+            kind_of(os.fspath(path))  # says what is wrong
         self._root = os.fsencode(os.path.realpath(path))
-        _check_folder(path)
         try:
             self._index = _index.load_index(self._root, _index.cache_root() if cache_dir is None else Path(cache_dir))
         except OSError as error:
@@ -104,14 +109,52 @@ class Subset:
     def label(self, i: int) -> int | None:
         return self.source.label(int(self.indices[i]))
 
+    def pixels(self, i: int) -> np.ndarray | None:
+        """As `pixels_at` of the source."""
+        return pixels_at(self.source, int(self.indices[i]))
 
-def open_source(spec: str) -> Folder:
-    """ "photos" or "digits" (the sets of the demo extra; `./photos` names a folder), or the path of a folder."""
+
+def pixels_at(source: Source, i: int) -> np.ndarray | None:
+    """uint8 (H, W, 3) of image i, often a read-only view, from a source that keeps pixels; None from any other: `read`
+    and decode. Raises OSError."""
+    pixels = getattr(source, "pixels", None)
+    return None if pixels is None else pixels(i)
+
+
+def image_at(source: Source, i: int, min_side: int | None = None) -> Image.Image:
+    """Image i decoded, RGB. min_side: see `decode.decode_image`. Raises OSError and BadImage."""
+    pixels = pixels_at(source, i)
+    return decode_image(source.read(i), min_side) if pixels is None else Image.fromarray(pixels)
+
+
+def open_source(spec: str) -> Source:
+    """The images at a path, whatever keeps them.
+
+    spec: "photos" or "digits" (the sets of the demo extra; `./photos` names a folder); a folder of images, of tar
+    shards, of parquet files, of CIFAR's binary files, of `Dataset.save_to_disk`, or a mimfast store; a .tar, .parquet,
+    .arrow, .npz, .npy or .bin file; several shards as `name-{000..123}.tar` or `name-*.tar`.
+    Raises UserError, with one sentence, for what cannot be read.
+    """
     if spec in ("photos", "digits"):
         from mimfast.data import embedded
 
         return embedded.photos() if spec == "photos" else embedded.digits()
-    return Folder(os.path.expanduser(spec))
+    path = os.path.expanduser(spec)
+    kind = kind_of(path)
+    if kind == "store":
+        from mimfast.data.store import Store
+
+        return Store(path)
+    if kind in ("tar", "parquet"):
+        from mimfast.data.parquet import Parquet
+        from mimfast.data.tar import Shards
+
+        return (Shards if kind == "tar" else Parquet)(files_of(path))
+    if kind == "arrays":
+        from mimfast.data.arrays import open_arrays
+
+        return open_arrays(files_of(path))
+    return Folder(path)
 
 
 def split(source: Source, holdout: float | int = 0.1) -> tuple[Subset, Subset]:
@@ -178,13 +221,6 @@ def _hash(name: str) -> int:
 
 def _printable(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
-
-
-def _check_folder(path: str | os.PathLike[str]) -> None:
-    if not os.path.exists(path):
-        raise UserError(f"data: folder '{path}' does not exist, expected a folder of images, 'photos' or 'digits'")
-    if not os.path.isdir(path):
-        raise UserError(f"data: '{path}' is a file, expected the folder that holds the images")
 
 
 def _empty_message(path: str | os.PathLike[str], index: _index.Index) -> str:

@@ -309,8 +309,8 @@ def test_threads_work_at_the_same_time(small):
 
 def test_cache_keeps_to_its_budget_and_saves_decoding(small, monkeypatch):
     calls = []
-    decode_image = loader_module.decode_image
-    monkeypatch.setattr(loader_module, "decode_image", lambda *a: calls.append(1) or decode_image(*a))
+    image_at = loader_module.image_at
+    monkeypatch.setattr(loader_module, "image_at", lambda *a: calls.append(1) or image_at(*a))
     take(small, 10, batch_size=7)
     assert len(calls) == 7
     calls.clear()

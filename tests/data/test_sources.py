@@ -1,9 +1,15 @@
+import gc
 import os
+import subprocess
+import sys
 import time
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import mimfast
 from mimfast._check import UserError
 from mimfast.data import index as index_module
 from mimfast.data.sources import Folder, Subset, open_source, split
@@ -239,6 +245,69 @@ def test_index_is_compact(tmp_path):
     assert blob.nbytes < 500 * (11 + 8 + 2) + 1000
     again = index_module.unpack(blob)
     assert again.name(499) == b"9/00499.png"
+
+
+def big_index(n):
+    """An index of n images in folders of 1000, as the scan of such a tree leaves it."""
+    folders = b"".join(b"n%08d" % i for i in range(n // 1000))
+    row = np.frombuffer(b"n00000000/n00000000_00000.JPEG", np.uint8)
+    names = np.tile(row, (n, 1))
+    numbers = np.arange(n)
+    for digit in range(8):
+        names[:, 8 - digit] = names[:, 18 - digit] = 48 + numbers // 1000 // 10**digit % 10
+    for digit in range(5):
+        names[:, 24 - digit] = 48 + numbers % 1000 // 10**digit % 10
+    return index_module.Index(
+        name_ends=np.arange(n + 1, dtype=np.int64) * row.size,
+        names=names.reshape(-1),
+        labels=(numbers // 1000 % 1000).astype(np.int16),
+        class_names=np.empty(0, np.uint8),
+        folder_mtimes=np.zeros(n // 1000, np.int64),
+        folder_ends=np.arange(n // 1000 + 1, dtype=np.int64) * 9,
+        folders=np.frombuffer(folders, np.uint8),
+        scanned_ns=0,
+        other_files=0,
+        unreadable=0,
+    )
+
+
+OPEN_BIG = """
+import sys, time
+import numpy as np
+from mimfast.data.index import unpack
+def memory():
+    return dict(line.split(":") for line in open("/proc/self/status"))["RssAnon"].split()[0]
+before, began = int(memory()), time.perf_counter()
+index = unpack(np.load(sys.argv[1], mmap_mode="r"))
+n = len(index.labels)
+names = [index.name(i) for i in np.random.default_rng(0).integers(0, n, 1000).tolist()]
+print(n, int(memory()) - before, time.perf_counter() - began, index.name(n - 1).decode())
+"""
+
+
+@pytest.mark.parametrize("n", [1_000_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
+def test_a_big_index_costs_no_memory(tmp_path, n):
+    np.save(tmp_path / "index.npy", index_module.pack(big_index(n)))
+    command = [sys.executable, "-c", OPEN_BIG, str(tmp_path / "index.npy")]
+    env = {**os.environ, "PYTHONPATH": str(Path(mimfast.__file__).parent.parent)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+    count, kilobytes, seconds, last = int(done[0]), int(done[1]), float(done[2]), done[3]
+    assert (count, last) == (n, f"n{n // 1000 - 1:08d}/n{n // 1000 - 1:08d}_00999.JPEG")
+    assert kilobytes < 4000  # pages of the file are shared and can be dropped; what is private is what counts
+    assert seconds < 1
+
+
+def test_scan_keeps_no_python_object_an_image(tmp_path):
+    """What a scan adds to the memory of Python objects is a small part of one string an image."""
+    fill(tmp_path, *(f"{i % 5}/{i:06d}.png" for i in range(2000)))
+    index_module.scan(os.fsencode(tmp_path))
+    gc.collect()
+    tracemalloc.start()
+    index = index_module.scan(os.fsencode(tmp_path))
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(index.labels) == 2000
+    assert size < 2000 * (12 + 8 + 2) * 1.4
 
 
 def test_subset():
