@@ -428,7 +428,7 @@ def backward_tiles(tokens: int, head: int, size: int, rare: bool) -> list[Tile]:
     keys, pad = tile_shape(tokens, head)
     if size == 4:
         first = Tile(min(keys, 128), 16, max(1, min(8, keys * pad // 512)))
-        return [first, Tile(min(keys, 512 // pad if keys == 256 else 2048 // pad), 16, 8)]
+        return [first, Tile(512 // pad, 16, 4) if keys == 256 else Tile(min(keys, 2048 // pad), 16, 8)]
     if keys <= 64 and pad <= 32 and not rare:
         return [Tile(keys, keys, 1 if keys == 16 else keys // 8)]
     first = Tile(min(keys, 128), 16 if keys > 128 else min(keys, 32), min(8, keys // 8))

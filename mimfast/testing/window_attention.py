@@ -3,6 +3,7 @@
 B images, H W map in tokens, E = 3C width of qkv, h heads of d values, w windows of n tokens
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -102,9 +103,12 @@ def _qkv(shape: tuple[int, ...], case: Case) -> Tensor:
 def eager(
     qkv: Tensor, table: Tensor | None, window: int | tuple[int, int], shift: int | tuple[int, int], heads: int,
     scale: float | None = None, pad: str | None = None, qkv_bias: Tensor | None = None, group: Tensor | None = None,
-    mask_value: float = -100.0,
+    mask_value: float = -100.0, logit_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """What a model without a fused kernel does, step by step in the dtype of qkv: every copy and score is stored."""
+    """What a model without a fused kernel does, step by step in the dtype of qkv: every copy and score is stored.
+
+    With `logit_scale` the cosine form of Swin V2.
+    """
     (B, H, W, E), (wh, ww), (sh, sw) = qkv.shape, _pair(window), _pair(shift)
     Hp, Wp = -(-H // wh) * wh, -(-W // ww) * ww
     filler = qkv.new_zeros(E) if qkv_bias is None else qkv_bias.to(qkv.dtype)
@@ -124,8 +128,13 @@ def eager(
         return tiles.transpose(2, 3).reshape(x_BHWX.shape[0], -1, wh * ww, x_BHWX.shape[-1])
 
     q, k, v = cut(fill_and_roll(qkv, filler)).unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    score_Bwhnn = q * scale @ k.mT
+    if logit_scale is None:
+        score_Bwhnn = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.mT
+    else:
+        factor_h11 = logit_scale.clamp(max=math.log(100.0)).exp().view(heads, 1, 1)
+        score_Bwhnn = (
+            torch.nn.functional.normalize(q, dim=-1) @ torch.nn.functional.normalize(k, dim=-1).mT * factor_h11
+        )
     if table is not None:
         score_Bwhnn = score_Bwhnn + table[_offsets(wh, ww).to(qkv.device)].permute(2, 0, 1)
     label_1wn = cut(_painted(Hp, Wp, (wh, ww), (sh, sw)).to(qkv.device)).squeeze(-1)
