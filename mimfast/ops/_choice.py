@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -101,11 +102,24 @@ def why_not_verified(op: str, impl: str) -> str | None:
 
 @cache
 def source_hash(op: str, impl: str) -> str | None:
-    """sha256 of what `impl` is built from: kernels/<op>.py for Triton, the compiled csrc files for the native ones."""
+    """sha256 of what `impl` is built from: for Triton kernels/<op>.py and, behind it, what it imports from that folder,
+    directly or not, by name; the compiled csrc files for the native ones.
+    """
     if impl == "triton":
         path = PACKAGE / "kernels" / f"{op}.py"
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+        return hashlib.sha256(b"".join(p.read_bytes() for p in _reached(path))).hexdigest() if path.exists() else None
     return _native.source_hash(op) if impl in ("cuda", "cpu") else None
+
+
+def _reached(path: Path) -> list[Path]:
+    """A file of kernels/ and those it imports from there."""
+    found, waiting = {path}, [path]
+    while waiting:
+        for name in re.findall(r"^from mimfast\.kernels\.(\w+) import", waiting.pop().read_text(), re.MULTILINE):
+            other = path.with_name(f"{name}.py")
+            waiting += [other] if other not in found else []
+            found.add(other)
+    return [path, *sorted(found - {path})]
 
 
 def status(op: str) -> list[Status]:

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimfast._check import check_dtype, check_same_device, fail
-from mimfast.ops._choice import Impl, resolve, why_not_on
-from mimfast.ops._windows import FLOATS, Side, check_call, check_ids, check_table, ids_of, pair, run_cpu
+from mimfast.ops._choice import Impl, resolve
+from mimfast.ops._windows import FLOATS, Side, check_call, check_ids, check_table, ids_of, pair, run_cpu, why_not
 from mimfast.ops.window_attention import window_attention_ref
 
-IMPLS = ("cpu", "ref")
+IMPLS = ("triton", "cpu", "ref")
 LARGEST = math.log(100.0)  # of logit_scale
 SMALLEST = 1e-12  # of a norm
 
@@ -82,7 +82,7 @@ def window_attention_v2(
         fail(op, "logit_scale", f"shape {tuple(logit_scale.shape)}", wanted, f"each of the {heads} heads has one")
     if checked and group is not None:
         check_ids(op, group)
-    chosen = resolve(op, impl, IMPLS, partial(_why_not, qkv))
+    chosen = resolve(op, impl, IMPLS, partial(why_not, qkv, window, heads))
     with torch.autocast(qkv.device.type, enabled=False):  # a product in fewer bits is not this op
         if chosen == "ref":
             return window_attention_v2_ref(
@@ -92,12 +92,6 @@ def window_attention_v2(
         factor = logit_scale.float().flatten().clamp(max=LARGEST).exp()  # the parameter is clamped, not the factor
     config = ([*window], [*shift], heads, pad or "pad_then_roll", float(mask_value), chosen)
     return _WindowAttentionV2.apply(qkv, table, qkv_bias, factor, None if group is None else ids_of(group), config)
-
-
-def _why_not(qkv: Tensor, impl: str) -> str | None:
-    if qkv.dtype == torch.float64:
-        return "the kernel computes in float32 and was given float64"
-    return why_not_on(impl, qkv.device.type)
 
 
 # contract: as in window_attention.py, with `factor` (heads) float32 of the scores
@@ -112,20 +106,30 @@ torch.library.define(
 
 @torch.library.impl("mimfast::window_attention_v2_fwd", ("cpu", "cuda"))
 def _fwd(*args):
+    if args[-1] == "triton":
+        from mimfast.kernels.window_attention_v2 import window_attention_v2_fwd
+
+        return window_attention_v2_fwd(**_named(*args))
     out = _fwd_fake(*args)
-    _run_cpu(*args, out=out)
+    run_cpu(**_named(*args), out=out)
     return out
 
 
 @torch.library.impl("mimfast::window_attention_v2_bwd", ("cpu", "cuda"))
 def _bwd(grad, *args):
+    if args[-1] == "triton":
+        from mimfast.kernels.window_attention_v2 import window_attention_v2_bwd
+
+        return window_attention_v2_bwd(grad, **_named(*args))
     d_qkv, d_table, d_bias, d_factor = _bwd_fake(grad, *args)
-    _run_cpu(*args, grad=grad, d_qkv=d_qkv, d_table=d_table, d_bias=d_bias, d_head_scale=d_factor)
+    run_cpu(**_named(*args), grad=grad, d_qkv=d_qkv, d_table=d_table, d_bias=d_bias, d_head_scale=d_factor)
     return d_qkv, d_table, d_bias, d_factor
 
 
-def _run_cpu(qkv, table, qkv_bias, factor, group, window, shift, heads, pad, mask_value, impl, **rest):  # noqa: ARG001
-    run_cpu(qkv, table, qkv_bias, group, window, shift, heads, 1.0, pad, mask_value, head_scale=factor, **rest)
+def _named(qkv, table, qkv_bias, factor, group, window, shift, heads, pad, mask_value, _):
+    """The arguments of both implementations, which are those of window_attention."""
+    names = {"qkv": qkv, "table": table, "qkv_bias": qkv_bias, "group": group, "window": window, "shift": shift}
+    return names | {"heads": heads, "scale": 1.0, "pad": pad, "mask_value": mask_value, "head_scale": factor}
 
 
 @torch.library.register_fake("mimfast::window_attention_v2_fwd")
