@@ -25,101 +25,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mimfast.kernels.windows import (
+    inverse_norms,
+    load_bias,
+    load_ids,
+    load_projected,
+    load_rows,
+    locate,
+    restrict,
+    store_rows,
+    through_norm,
+)
+
 MAX_TOKENS = 256  # of a window: one tile of keys
 HEADS = (16, 64)  # values of a head, from and to
+LOG2E = math.log2(math.e)
 WIDE_TILE = {2: 8192, 4: 4096}  # keys by their bytes, tokens x values of a head as powers of 2: more of them spill
 PROGRAMS = 512  # to aim at: two to four for each multiprocessor of a large card
 STEADY = ["windows", "parts", "heads", "rows", "cols", "across", "per_image", "shift_y", "shift_x"]
-
-
-@triton.jit
-def locate(
-    i, window, rows, cols, across, per_image, shift_y, shift_x,
-    WH: tl.constexpr, WW: tl.constexpr, ROLL_FIRST: tl.constexpr,
-):  # fmt: skip
-    """Of tokens i of a window: row and column in the image, whether they exist, and their region of the rolled map."""
-    down = per_image // across
-    r = window % per_image // across * WH + i // WW
-    c = window % per_image % across * WW + i % WW
-    whole_y, whole_x = down * WH, across * WW
-    label = 3 * ((r >= whole_y - WH).to(tl.int32) + (r >= whole_y - shift_y).to(tl.int32))
-    label += (c >= whole_x - WW).to(tl.int32) + (c >= whole_x - shift_x).to(tl.int32)
-    ring_y, ring_x = whole_y, whole_x
-    inside = i < WH * WW
-    if ROLL_FIRST:
-        inside = inside & (r < rows) & (c < cols)
-        ring_y, ring_x = rows, cols
-    y, x = r + shift_y, c + shift_x
-    y = tl.where(y >= ring_y, y - ring_y, y)
-    x = tl.where(x >= ring_x, x - ring_x, x)
-    return y, x, inside & (y < rows) & (x < cols), tl.where(i < WH * WW, label, -1)
-
-
-@triton.jit
-def load_rows(ptr, at_R, inside_R, HEAD: tl.constexpr, PAD: tl.constexpr):
-    """[rows, PAD]; 0 for padding and outside the head."""
-    d = tl.arange(0, PAD)
-    inside = inside_R[:, None]
-    if HEAD != PAD:
-        inside = inside & (d < HEAD)[None, :]
-    return tl.load(ptr + at_R[:, None] + d[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def load_projected(
-    ptr, bias_ptr, column, at_R, inside_R, window_R, HEAD: tl.constexpr, PAD: tl.constexpr, PADDED: tl.constexpr
-):
-    """Rows of q, k or v from a column of qkv on; the padding of a window has the bias of the projection."""
-    x = load_rows(ptr + column, at_R, inside_R, HEAD, PAD)
-    if PADDED:
-        d = tl.arange(0, PAD)
-        bias = tl.load(bias_ptr + column + d, mask=d < HEAD, other=0.0).to(x.dtype)
-        x = tl.where((window_R & ~inside_R)[:, None], bias[None, :], x)
-    return x
-
-
-@triton.jit
-def store_rows(ptr, at_R, inside_R, values, HEAD: tl.constexpr, PAD: tl.constexpr):
-    """The counterpart of load_rows."""
-    d = tl.arange(0, PAD)
-    inside = inside_R[:, None]
-    if HEAD != PAD:
-        inside = inside & (d < HEAD)[None, :]
-    tl.store(ptr + at_R[:, None] + d[None, :], values.to(ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def load_ids(group_ptr, image_at, at_R, inside_R, GROUPED: tl.constexpr):
-    """Group of each token, -1 for padding; without groups anything."""
-    if GROUPED:
-        return tl.load(group_ptr + image_at + at_R, mask=inside_R, other=-1)
-    else:
-        return at_R
-
-
-@triton.jit
-def load_bias(table_ptr, query, key, heads, head, WH: tl.constexpr, WW: tl.constexpr, TABLE: tl.constexpr):
-    """The bias of queries and keys, given as tensors that broadcast against each other; times log2(e)."""
-    n: tl.constexpr = WH * WW
-    row = (query // WW - key // WW + WH - 1) * (2 * WW - 1) + query % WW - key % WW + WW - 1
-    if TABLE:
-        bias = tl.load(table_ptr + row * heads + head, mask=(query < n) & (key < n), other=0.0)
-        return bias.to(tl.float32) * 1.4426950408889634
-    else:
-        return row.to(tl.float32) * 0.0
-
-
-@triton.jit
-def restrict(
-    s, query_label, key_label, query_id, key_id, key, mask, N: tl.constexpr, SHIFTED: tl.constexpr,
-    GROUPED: tl.constexpr,
-):  # fmt: skip
-    """Scores with the mask of the roll, -inf between groups and for keys outside the window; tensors broadcast."""
-    if SHIFTED:  # a row outside the window is kept from nobody, or it would hold NaN under an infinite mask
-        s = tl.where((query_label != key_label) & (query_label >= 0), s + mask, s)
-    if GROUPED:
-        s = tl.where((query_id != key_id) & (query_id >= 0) & (key_id >= 0), float("-inf"), s)
-    return tl.where(key < N, s, float("-inf"))
 
 
 @triton.jit(do_not_specialize=STEADY)
@@ -128,13 +51,14 @@ def window_attention_fwd_kernel(
     table_ptr,  # [(2 WH - 1) * (2 WW - 1), heads], read if TABLE
     bias_ptr,  # [3, heads, HEAD], read if PADDED
     group_ptr,  # [B or 1, H, W] int32, dense, read if GROUPED
+    head_scale_ptr,  # [heads] fp32, read if COSINE: instead of `scale`
     out_ptr,  # [B, H, W, heads, HEAD], dense, type of qkv, fully written
     windows, parts, heads, rows, cols, across, per_image, shift_y, shift_x,
     scale, mask,  # of the scores, and added to what the roll brought together; both times log2(e)
     qkv_b, qkv_y, qkv_x, group_b,  # pitches in elements
     HEAD: tl.constexpr, PAD: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr, ROLL_FIRST: tl.constexpr, SHIFTED: tl.constexpr, PADDED: tl.constexpr,
-    GROUPED: tl.constexpr, TABLE: tl.constexpr,
+    GROUPED: tl.constexpr, TABLE: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = WH * WW
     BLOCKS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
@@ -143,6 +67,8 @@ def window_attention_fwd_kernel(
     k_at, v_at = (heads + head) * HEAD, (2 * heads + head) * HEAD
     key_N, query_M = tl.arange(0, KEYS), block * BLOCK_M + tl.arange(0, BLOCK_M)
     bias = load_bias(table_ptr, query_M[None, :], key_N[:, None], heads, head, WH, WW, TABLE)
+    if COSINE:
+        scale = tl.load(head_scale_ptr + head) * 1.4426950408889634
     for step in tl.range(0, tl.cdiv(windows - part, parts), num_stages=1):
         window = part + step * parts
         image = (window // per_image).to(tl.int64)
@@ -159,7 +85,10 @@ def window_attention_fwd_kernel(
         k = load_projected(qkv, bias_ptr, k_at, at_N, inside_N, key_N < N, HEAD, PAD, PADDED)
         id_N = load_ids(group_ptr, image * group_b, y_N * cols + x_N, inside_N, GROUPED)
         id_M = load_ids(group_ptr, image * group_b, y_M * cols + x_M, inside_M, GROUPED)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale + bias
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        if COSINE:
+            s = s * (inverse_norms(k)[0][:, None] * inverse_norms(q)[0][None, :])
+        s = s * scale + bias
         s = restrict(
             s, label_M[None, :], label_N[:, None], id_M[None, :], id_N[:, None], key_N[:, None], mask,
             N, SHIFTED, GROUPED,
@@ -174,12 +103,12 @@ def window_attention_fwd_kernel(
 
 @triton.jit
 def scores_and_gradients(
-    qkv, bias_ptr, group_ptr, group_at, key_N, q, grad, bias, label_M, id_M, window, heads, head, rows, cols, across,
-    per_image, shift_y, shift_x, scale, mask, qkv_y, qkv_x,
+    qkv, bias_ptr, group_ptr, group_at, key_N, q, inverse_M, grad, bias, label_M, id_M, window, heads, head, rows,
+    cols, across, per_image, shift_y, shift_x, scale, mask, qkv_y, qkv_x,
     HEAD: tl.constexpr, PAD: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, ROLL_FIRST: tl.constexpr,
-    SHIFTED: tl.constexpr, PADDED: tl.constexpr, GROUPED: tl.constexpr,
+    SHIFTED: tl.constexpr, PADDED: tl.constexpr, GROUPED: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Of some keys and a block of queries: scores, gradients of the probabilities, and the keys."""
+    """Of some keys and a block of queries: scores, gradients of the probabilities, the keys and their 1 / norm."""
     N: tl.constexpr = WH * WW
     y_N, x_N, inside_N, label_N = locate(
         key_N, window, rows, cols, across, per_image, shift_y, shift_x, WH, WW, ROLL_FIRST
@@ -187,28 +116,34 @@ def scores_and_gradients(
     at_N = y_N * qkv_y + x_N * qkv_x
     k = load_projected(qkv, bias_ptr, (heads + head) * HEAD, at_N, inside_N, key_N < N, HEAD, PAD, PADDED)
     id_N = load_ids(group_ptr, group_at, y_N * cols + x_N, inside_N, GROUPED)
-    s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale + bias
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    inverse_N = label_N
+    if COSINE:
+        inverse_N = inverse_norms(k)[0]
+        s = s * (inverse_N[:, None] * inverse_M[None, :])
+    s = s * scale + bias
     s = restrict(
         s, label_M[None, :], label_N[:, None], id_M[None, :], id_N[:, None], key_N[:, None], mask, N, SHIFTED, GROUPED
     )
     v = load_projected(qkv, bias_ptr, (2 * heads + head) * HEAD, at_N, inside_N, key_N < N, HEAD, PAD, PADDED)
-    return s, tl.dot(v, tl.trans(grad), input_precision="ieee"), k
+    return s, tl.dot(v, tl.trans(grad), input_precision="ieee"), k, inverse_N
 
 
 @triton.jit(do_not_specialize=STEADY)
 def window_attention_bwd_kernel(
-    qkv_ptr, table_ptr, bias_ptr, group_ptr,  # as forward
+    qkv_ptr, table_ptr, bias_ptr, group_ptr, head_scale_ptr,  # as forward
     grad_ptr,  # gradient of the result, its shape and type; rows dense
     d_qkv_ptr,  # [B, H, W, 3, heads, HEAD], dense, type of qkv: q is written, and k and v if D_KV
     sums_ptr,  # [windows, heads, 2, N] fp32: log2 of the row sums, delta. Written unless D_KV
     d_scores_ptr,  # [parts, heads, N, N] fp32: sums of dS over windows by key and query. Written if TABLE
     d_bias_ptr,  # [parts, heads, 2, PAD] fp32: sums of dk and dv over padding. Written if D_KV and PADDED
+    d_head_scale_ptr,  # [programs] fp32: sums of the gradient of a head's scale. Written if COSINE, which is not D_KV
     windows, parts, heads, rows, cols, across, per_image, shift_y, shift_x,
     factor, scale, mask,  # of the scores, and the same times log2(e), as mask is
     qkv_b, qkv_y, qkv_x, grad_b, grad_y, grad_x, group_b,
     HEAD: tl.constexpr, PAD: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr, ROLL_FIRST: tl.constexpr, SHIFTED: tl.constexpr, PADDED: tl.constexpr,
-    GROUPED: tl.constexpr, TABLE: tl.constexpr,
+    GROUPED: tl.constexpr, TABLE: tl.constexpr, COSINE: tl.constexpr,
     D_KV: tl.constexpr,  # the block holds every query
     SPLIT: tl.constexpr,  # KEYS are half of the keys: products over all of them at once would spill
     TURNED: tl.constexpr,  # dq is made as its transpose, which takes fewer registers for half types and narrow heads
@@ -223,6 +158,10 @@ def window_attention_bwd_kernel(
     if SPLIT:
         bias_2 = load_bias(table_ptr, query_M[None, :], key_N[:, None] + KEYS, heads, head, WH, WW, TABLE)
         d_scores_2 = tl.zeros([KEYS, BLOCK_M], tl.float32)
+    if COSINE:
+        factor = tl.load(head_scale_ptr + head)
+        scale = factor * 1.4426950408889634
+        d_head_scale = tl.zeros([BLOCK_M], tl.float32)
     pad_k = tl.zeros([PAD], tl.float32)
     pad_v = tl.zeros([PAD], tl.float32)
     for step in tl.range(0, tl.cdiv(windows - part, parts), num_stages=1):
@@ -238,17 +177,20 @@ def window_attention_bwd_kernel(
         grad_at = y_M * grad_y + x_M * grad_x
         grad = load_rows(grad_ptr + image * grad_b + head * HEAD, grad_at, inside_M, HEAD, PAD)
         id_M = load_ids(group_ptr, image * group_b, y_M * cols + x_M, inside_M, GROUPED)
-        s, d_p, k = scores_and_gradients(
-            qkv, bias_ptr, group_ptr, image * group_b, key_N, q, grad, bias, label_M, id_M, window, heads, head, rows,
-            cols, across, per_image, shift_y, shift_x, scale, mask, qkv_y, qkv_x, HEAD, PAD, WH, WW, ROLL_FIRST,
-            SHIFTED, PADDED, GROUPED,
+        inverse_M = label_M
+        if COSINE:
+            inverse_M, size_M = inverse_norms(q)
+        s, d_p, k, inverse_N = scores_and_gradients(
+            qkv, bias_ptr, group_ptr, image * group_b, key_N, q, inverse_M, grad, bias, label_M, id_M, window, heads,
+            head, rows, cols, across, per_image, shift_y, shift_x, scale, mask, qkv_y, qkv_x, HEAD, PAD, WH, WW,
+            ROLL_FIRST, SHIFTED, PADDED, GROUPED, COSINE,
         )  # fmt: skip
         top_M = tl.max(s, axis=0)
         if SPLIT:
-            s_2, d_p_2, k_2 = scores_and_gradients(
-                qkv, bias_ptr, group_ptr, image * group_b, key_N + KEYS, q, grad, bias_2, label_M, id_M, window, heads,
-                head, rows, cols, across, per_image, shift_y, shift_x, scale, mask, qkv_y, qkv_x, HEAD, PAD, WH, WW,
-                ROLL_FIRST, SHIFTED, PADDED, GROUPED,
+            s_2, d_p_2, k_2, inverse_N_2 = scores_and_gradients(
+                qkv, bias_ptr, group_ptr, image * group_b, key_N + KEYS, q, inverse_M, grad, bias_2, label_M, id_M,
+                window, heads, head, rows, cols, across, per_image, shift_y, shift_x, scale, mask, qkv_y, qkv_x, HEAD,
+                PAD, WH, WW, ROLL_FIRST, SHIFTED, PADDED, GROUPED, COSINE,
             )  # fmt: skip
             top_M = tl.maximum(top_M, tl.max(s_2, axis=0))
         p = tl.exp2(s - top_M[None, :])
@@ -261,11 +203,18 @@ def window_attention_bwd_kernel(
         delta_M = tl.sum(p * d_p, axis=0)
         if SPLIT:
             delta_M += tl.sum(p_2 * d_p_2, axis=0)
+        if COSINE:  # probabilities do not quite add up to 1, and what the gradient of the scale adds up cancels
+            sum_M = tl.sum(p, axis=0)
+            if SPLIT:
+                sum_M += tl.sum(p_2, axis=0)
+            delta_M = delta_M / sum_M
         d_qkv = d_qkv_ptr + image * rows * cols * heads * (3 * HEAD)
         d_at_M = (y_M * cols + x_M) * heads * (3 * HEAD)
         d_s = p * (d_p - delta_M[None, :])
         if TABLE:
             d_scores += d_s
+        if COSINE:
+            d_s = d_s * inverse_N[:, None]
         d_s = d_s.to(k.dtype)
         if D_KV:  # keys are the queries
             d_v = tl.dot(p.to(grad.dtype), grad, input_precision="ieee")
@@ -283,6 +232,8 @@ def window_attention_bwd_kernel(
                 d_s_2 = p_2 * (d_p_2 - delta_M[None, :])
                 if TABLE:
                     d_scores_2 += d_s_2
+                if COSINE:
+                    d_s_2 = d_s_2 * inverse_N_2[:, None]
                 d_s_2 = d_s_2.to(k.dtype)
             if TURNED:
                 d_q = tl.dot(tl.trans(k), d_s, input_precision="ieee")
@@ -293,6 +244,9 @@ def window_attention_bwd_kernel(
                 d_q = tl.dot(tl.trans(d_s), k, input_precision="ieee")
                 if SPLIT:
                     d_q = tl.dot(tl.trans(d_s_2), k_2, d_q, input_precision="ieee")
+            if COSINE:
+                d_q, along_M = through_norm(d_q, q, inverse_M, size_M)
+                d_head_scale += along_M
             store_rows(d_qkv + head * HEAD, d_at_M, inside_M, d_q * factor, HEAD, PAD)
             sums = sums_ptr + (window.to(tl.int64) * heads + head) * 2 * N + query_M
             tl.store(sums, top_M + tl.log2(total_M), mask=query_M < N)
@@ -303,6 +257,8 @@ def window_attention_bwd_kernel(
         if SPLIT:
             mask_2 = (key_N + KEYS < N)[:, None] & (query_M < N)[None, :]
             tl.store(d_scores_ptr + at + KEYS * N, d_scores_2, mask=mask_2)
+    if COSINE:
+        tl.store(d_head_scale_ptr + program, tl.sum(d_head_scale, axis=0))
     if D_KV and PADDED:
         d = tl.arange(0, PAD)
         tl.store(d_bias_ptr + (part * heads + head) * 2 * PAD + d, pad_k)
@@ -311,7 +267,7 @@ def window_attention_bwd_kernel(
 
 @triton.jit(do_not_specialize=STEADY)
 def window_attention_dkv_kernel(
-    qkv_ptr, table_ptr, bias_ptr, group_ptr, grad_ptr,  # as above
+    qkv_ptr, table_ptr, bias_ptr, group_ptr, head_scale_ptr, grad_ptr,  # as above
     d_qkv_ptr,  # k and v are written
     sums_ptr,  # read
     d_bias_ptr,  # [windows, heads, blocks of keys, 2, PAD] fp32, written if PADDED
@@ -321,7 +277,7 @@ def window_attention_dkv_kernel(
     HEAD: tl.constexpr, PAD: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
     KEYS: tl.constexpr,  # of one program
     BLOCK_M: tl.constexpr, ROLL_FIRST: tl.constexpr, SHIFTED: tl.constexpr, PADDED: tl.constexpr,
-    GROUPED: tl.constexpr, TABLE: tl.constexpr,
+    GROUPED: tl.constexpr, TABLE: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = WH * WW
     BLOCKS: tl.constexpr = (N + KEYS - 1) // KEYS
@@ -338,6 +294,10 @@ def window_attention_dkv_kernel(
     k = load_projected(qkv, bias_ptr, k_at, at_N, inside_N, key_N < N, HEAD, PAD, PADDED)
     v = load_projected(qkv, bias_ptr, v_at, at_N, inside_N, key_N < N, HEAD, PAD, PADDED)
     id_N = load_ids(group_ptr, image * group_b, y_N * cols + x_N, inside_N, GROUPED)
+    if COSINE:
+        factor = tl.load(head_scale_ptr + head)
+        scale = factor * 1.4426950408889634
+        inverse_N, size_N = inverse_norms(k)
     d_k = tl.zeros([KEYS, PAD], tl.float32)
     d_v = tl.zeros([KEYS, PAD], tl.float32)
     for start in tl.range(0, N, BLOCK_M, num_stages=1):
@@ -351,7 +311,11 @@ def window_attention_dkv_kernel(
         grad = load_rows(grad_ptr + image * grad_b + head * HEAD, grad_at, inside_M, HEAD, PAD)
         id_M = load_ids(group_ptr, image * group_b, y_M * cols + x_M, inside_M, GROUPED)
         bias = load_bias(table_ptr, query_M[None, :], key_N[:, None], heads, head, WH, WW, TABLE)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale + bias
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        if COSINE:
+            inverse_M = inverse_norms(q)[0]
+            s = s * (inverse_N[:, None] * inverse_M[None, :])
+        s = s * scale + bias
         s = restrict(
             s, label_M[None, :], label_N[:, None], id_M[None, :], id_N[:, None], key_N[:, None], mask,
             N, SHIFTED, GROUPED,
@@ -360,8 +324,12 @@ def window_attention_dkv_kernel(
         p = tl.exp2(s - tl.load(sums, mask=query_M < N, other=float("inf"))[None, :])
         d_p = tl.dot(v, tl.trans(grad), input_precision="ieee")
         d_s = p * (d_p - tl.load(sums + N, mask=query_M < N, other=0.0)[None, :])
+        if COSINE:
+            d_s = d_s * inverse_M[None, :]
         d_v = tl.dot(p.to(grad.dtype), grad, d_v, input_precision="ieee")
         d_k = tl.dot(d_s.to(q.dtype), q, d_k, input_precision="ieee")
+    if COSINE:
+        d_k, _ = through_norm(d_k, k, inverse_N, size_N)
     d_k *= factor
     d_qkv = d_qkv_ptr + image * rows * cols * heads * (3 * HEAD)
     d_at_N = (y_N * cols + x_N) * heads * (3 * HEAD)
@@ -412,8 +380,8 @@ def tile_shape(tokens: int, head: int) -> tuple[int, int]:
 
 
 def forward_tile(tokens: int, head: int, size: int, rare: bool) -> Tile:
-    """For windows of `tokens` tokens, `head` values per head of `size` bytes; `rare` with padding or groups, which take
-    registers. Chosen so that nothing spills.
+    """For windows of `tokens` tokens, `head` values per head of `size` bytes; `rare` with padding, groups or
+    cosines, which take registers. Chosen so that nothing spills.
     """
     keys, pad = tile_shape(tokens, head)
     if size == 4:
@@ -428,30 +396,30 @@ def backward_tiles(tokens: int, head: int, size: int, rare: bool) -> list[Tile]:
     keys, pad = tile_shape(tokens, head)
     if size == 4:
         first = Tile(min(keys, 128), 16, max(1, min(8, keys * pad // 512)))
-        return [first, Tile(min(keys, 512 // pad if keys == 256 else 2048 // pad), 16, 8)]
+        return [first, Tile(512 // pad, 16, 4) if keys == 256 else Tile(min(keys, 2048 // pad), 16, 8)]
     if keys <= 64 and pad <= 32 and not rare:
         return [Tile(keys, keys, 1 if keys == 16 else keys // 8)]
     first = Tile(min(keys, 128), 16 if keys > 128 else min(keys, 32), min(8, keys // 8))
-    return [first, Tile(min(keys, 32), 32, 4) if pad == 64 else Tile(min(keys, 64), 32, 8)]
+    return [first, Tile(min(keys, 32 if pad == 64 else 64), 32, 4)]
 
 
 def window_attention_fwd(
     qkv: Tensor, table: Tensor | None, qkv_bias: Tensor | None, group: Tensor | None, window: list[int],
-    shift: list[int], heads: int, scale: float, pad: str, mask_value: float,
+    shift: list[int], heads: int, scale: float, pad: str, mask_value: float, head_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """(B, H, W, 3C) -> (B, H, W, C)."""
+    """(B, H, W, 3C) -> (B, H, W, C); with `head_scale` (heads) float32 the cosine form."""
     qkv, head = _dense(qkv), qkv.shape[-1] // (3 * heads)
     out = qkv.new_empty(*qkv.shape[:-1], heads * head)
     tokens = window[0] * window[1]
-    tile = forward_tile(tokens, head, qkv.element_size(), _is_rare(qkv, window, group))
+    tile = forward_tile(tokens, head, qkv.element_size(), _is_rare(qkv, window, group, head_scale))
     sizes, blocks = _sizes(qkv, window, shift, heads, tile), triton.cdiv(tokens, tile.block)
     if out.numel():
         qkv_bias = _bias_of(qkv, qkv_bias, window)
         with torch.cuda.device_of(qkv):
             window_attention_fwd_kernel[(sizes[1] * heads * blocks,)](
-                qkv, table, qkv_bias, group, out, *sizes, scale * math.log2(math.e), mask_value * math.log2(math.e),
+                qkv, table, qkv_bias, group, head_scale, out, *sizes, scale * LOG2E, mask_value * LOG2E,
                 *qkv.stride()[:3], _pitch(group),
-                **_constants(qkv, table, qkv_bias, group, window, shift, pad, head, tile),
+                **_constants(table, qkv_bias, group, head_scale, window, shift, pad, head, tile),
             )  # fmt: skip
     return out
 
@@ -459,21 +427,23 @@ def window_attention_fwd(
 def window_attention_bwd(
     grad: Tensor, qkv: Tensor, table: Tensor | None, qkv_bias: Tensor | None, group: Tensor | None,
     window: list[int], shift: list[int], heads: int, scale: float, pad: str, mask_value: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of qkv, of the table and, through padding, of qkv_bias; the last two float32, empty for None."""
+    head_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv, table, qkv_bias (through padding) and head_scale; all but the first float32, empty for None."""
     grad, qkv, head, given = _dense(grad), _dense(qkv), qkv.shape[-1] // (3 * heads), qkv_bias
     d_qkv, tokens = qkv.new_empty(qkv.shape), window[0] * window[1]
     d_table = qkv.new_zeros((0,) if table is None else table.shape, dtype=torch.float32)
     d_bias = qkv.new_zeros((0,) if given is None else given.shape, dtype=torch.float32)
+    d_head_scale = qkv.new_zeros((0,) if head_scale is None else head_scale.shape, dtype=torch.float32)
     if not d_qkv.numel():
-        return d_qkv, d_table, d_bias
-    tiles = backward_tiles(tokens, head, qkv.element_size(), _is_rare(qkv, window, group))
+        return d_qkv, d_table, d_bias, d_head_scale
+    tiles = backward_tiles(tokens, head, qkv.element_size(), _is_rare(qkv, window, group, head_scale))
     qkv_bias = _bias_of(qkv, qkv_bias, window)
     sizes, blocks = _sizes(qkv, window, shift, heads, tiles[0]), triton.cdiv(tokens, tiles[0].block)
     windows, parts = sizes[:2]
-    numbers = (scale, scale * math.log2(math.e), mask_value * math.log2(math.e))
+    numbers = (scale, scale * LOG2E, mask_value * LOG2E)
     pitches = (*qkv.stride()[:3], *grad.stride()[:3], _pitch(group))
-    constants = [_constants(qkv, table, qkv_bias, group, window, shift, pad, head, tile) for tile in tiles]
+    constants = [_constants(table, qkv_bias, group, head_scale, window, shift, pad, head, tile) for tile in tiles]
     fp32 = {"dtype": torch.float32}
     d_scores = None if table is None else qkv.new_empty((parts, heads, tokens, tokens), **fp32)
     sums = None if len(tiles) == 1 else qkv.new_empty((windows, heads, 2, tokens), **fp32)
@@ -483,15 +453,17 @@ def window_attention_bwd(
     if constants[0]["PADDED"]:
         programs = parts if sums is None else windows
         padding = qkv.new_empty((programs, heads, key_blocks, 2, constants[0]["PAD"]), **fp32)
+    of_scale = None if head_scale is None else qkv.new_empty((parts, heads, blocks), **fp32)
     with torch.cuda.device_of(qkv):
         window_attention_bwd_kernel[(parts * heads * blocks,)](
-            qkv, table, qkv_bias, group, grad, d_qkv, sums, d_scores, padding if sums is None else None, *sizes,
-            *numbers, *pitches, **_first(tokens, head, tiles, qkv.element_size()), **constants[0],
+            qkv, table, qkv_bias, group, head_scale, grad, d_qkv, sums, d_scores, padding if sums is None else None,
+            of_scale, *sizes, *numbers, *pitches, **_first(tokens, head, tiles, qkv.element_size()), **constants[0],
         )  # fmt: skip
         if sums is not None:
             window_attention_dkv_kernel[(windows * heads * key_blocks,)](
-                qkv, table, qkv_bias, group, grad, d_qkv, sums, padding, *sizes, *numbers, *pitches, **constants[1]
-            )
+                qkv, table, qkv_bias, group, head_scale, grad, d_qkv, sums, padding, *sizes, *numbers, *pitches,
+                **constants[1],
+            )  # fmt: skip
         if d_scores is not None:
             block, keys = fold_block(tokens), tile_shape(tokens, head)[0]
             window_attention_fold_kernel[(triton.cdiv(d_table.shape[0], block), heads)](
@@ -499,7 +471,7 @@ def window_attention_bwd(
             )
     if padding is not None and given is not None:
         d_bias.view(3, heads, head)[1:] = padding.sum((0, 2))[..., :head].transpose(0, 1)
-    return d_qkv, d_table, d_bias
+    return d_qkv, d_table, d_bias, d_head_scale if of_scale is None else of_scale.sum((0, 2))
 
 
 def fold_block(tokens: int) -> int:
@@ -528,8 +500,8 @@ def _bias_of(qkv: Tensor, qkv_bias: Tensor | None, window: list[int]) -> Tensor 
     return qkv.new_zeros(qkv.shape[-1]) if qkv_bias is None else qkv_bias.contiguous()
 
 
-def _is_rare(qkv: Tensor, window: list[int], group: Tensor | None) -> bool:
-    return group is not None or qkv.shape[1] % window[0] > 0 or qkv.shape[2] % window[1] > 0
+def _is_rare(qkv: Tensor, window: list[int], group: Tensor | None, head_scale: Tensor | None) -> bool:
+    return group is not None or head_scale is not None or qkv.shape[1] % window[0] > 0 or qkv.shape[2] % window[1] > 0
 
 
 def _first(tokens: int, head: int, tiles: list[Tile], size: int) -> dict[str, bool]:
@@ -542,36 +514,38 @@ def _pitch(group: Tensor | None) -> int:
 
 
 def _constants(
-    qkv: Tensor, table: Tensor | None, padding: Tensor | None, group: Tensor | None, window: list[int],
+    table: Tensor | None, padding: Tensor | None, group: Tensor | None, head_scale: Tensor | None, window: list[int],
     shift: list[int], pad: str, head: int, tile: Tile,
 ) -> dict:  # fmt: skip
     return {
         "HEAD": head, "PAD": max(16, triton.next_power_of_2(head)), "WH": window[0], "WW": window[1],
         "KEYS": tile.keys, "BLOCK_M": tile.block, "ROLL_FIRST": pad == "roll_then_pad", "SHIFTED": any(shift),
         "PADDED": padding is not None, "GROUPED": group is not None, "TABLE": table is not None,
-        "num_warps": tile.warps,
+        "COSINE": head_scale is not None, "num_warps": tile.warps,
     }  # fmt: skip
 
 
-def _aot(kind: str, window: int, head: int, rare: bool = False) -> dict[str, tuple]:
-    """The launches of one shape, shifted and with a table; `rare` has padding and groups."""
+def aot(kind: str, window: int, head: int, rare: bool = False, cosine: bool = False) -> dict[str, tuple]:
+    """Ahead of time: the launches of one shape, shifted, with a table; `rare` has padding and groups."""
     size, tokens = (4 if kind == "fp32" else 2), window * window
-    pointers = {"qkv_ptr": f"*{kind}", "table_ptr": "*fp32"}
-    pointers |= {"bias_ptr": f"*{kind}", "group_ptr": "*i32"} if rare else {}
-    types = pointers | dict.fromkeys(STEADY, "i32") | dict.fromkeys(("scale", "mask"), "fp32")
+    types = {"qkv_ptr": f"*{kind}", "table_ptr": "*fp32"} | ({"head_scale_ptr": "*fp32"} if cosine else {})
+    types |= {"bias_ptr": f"*{kind}", "group_ptr": "*i32"} if rare else {}
+    absent = dict.fromkeys({"bias_ptr", "group_ptr", "head_scale_ptr"} - set(types))
+    types |= dict.fromkeys(STEADY, "i32") | dict.fromkeys(("scale", "mask"), "fp32")
     types |= dict.fromkeys(("qkv_b", "qkv_y", "qkv_x", "group_b"), "i32:16")
-    absent = {} if rare else {"bias_ptr": None, "group_ptr": None}
-    shape = {"ROLL_FIRST": False, "SHIFTED": True, "PADDED": rare, "GROUPED": rare, "TABLE": True}
+    shape = {"ROLL_FIRST": False, "SHIFTED": True, "PADDED": rare, "GROUPED": rare, "TABLE": True, "COSINE": cosine}
     shape |= {"HEAD": head, "PAD": tile_shape(tokens, head)[1], "WH": window, "WW": window} | absent
     back = types | dict.fromkeys(("grad_ptr", "d_qkv_ptr"), f"*{kind}") | {"factor": "fp32"}
     back |= dict.fromkeys(("grad_b", "grad_y", "grad_x"), "i32:16")
-    forward, (first, *second) = forward_tile(tokens, head, size, rare), backward_tiles(tokens, head, size, rare)
+    forward = forward_tile(tokens, head, size, rare or cosine)
+    first, *second = backward_tiles(tokens, head, size, rare or cosine)
     suffix = f"{kind}-{window}-{head}" + ("-padded-grouped" if rare else "")
     padding = {"d_bias_ptr": "*fp32"}
     found = {f"fwd-{suffix}": (window_attention_fwd_kernel, types | {"out_ptr": f"*{kind}"}, shape, forward)}
     of_first, none = back | {"d_scores_ptr": "*fp32"}, _first(tokens, head, [first, *second], size)
+    of_first |= {"d_head_scale_ptr": "*fp32"} if cosine else {}
     of_first |= {"sums_ptr": "*fp32"} if second else padding if rare else {}
-    none |= dict.fromkeys({"sums_ptr", "d_bias_ptr"} - set(of_first))
+    none |= dict.fromkeys({"sums_ptr", "d_bias_ptr", "d_head_scale_ptr"} - set(of_first))
     found[f"{'dq' if second else 'bwd'}-{suffix}"] = (window_attention_bwd_kernel, of_first, shape | none, first)
     for tile in second:
         of_second, none = back | {"sums_ptr": "*fp32"} | (padding if rare else {}), {} if rare else {"d_bias_ptr": None}
@@ -591,7 +565,7 @@ def _aot_fold(window: int) -> dict[str, tuple]:
 
 # what bench/aot_triton.py compiles for every architecture: name -> kernel, argument types, constants, warps
 AOT = {
-    **_aot("bf16", 7, 32), **_aot("bf16", 7, 32, rare=True), **_aot("bf16", 4, 48), **_aot("bf16", 8, 24),
-    **_aot("bf16", 8, 64, rare=True), **_aot("bf16", 12, 32), **_aot("bf16", 14, 32, rare=True),
-    **_aot("fp16", 16, 32), **_aot("fp32", 7, 32), **_aot("fp32", 12, 16), **_aot_fold(7), **_aot_fold(16),
+    **aot("bf16", 7, 32), **aot("bf16", 7, 32, rare=True), **aot("bf16", 4, 48), **aot("bf16", 8, 24),
+    **aot("bf16", 8, 64, rare=True), **aot("bf16", 12, 32), **aot("bf16", 14, 32, rare=True),
+    **aot("fp16", 16, 32), **aot("fp32", 7, 32), **aot("fp32", 12, 16), **_aot_fold(7), **_aot_fold(16),
 }  # fmt: skip

@@ -96,7 +96,10 @@ class Timm:
         self.calls += 1
         cut, back = partial(self.cut, window=window, shift=shift), partial(self.back, window=window, size=(H, W, shift))
         windows = Project.apply(cut(Enter.apply(qkv)), qkv, None if self.calls <= 1 else self.ready, cut, back)
-        return back(self.attn(windows, mask=self.block.attn_mask))
+        return back(self.attend(windows, table, heads))
+
+    def attend(self, windows: Tensor, table: Tensor, heads: int) -> Tensor:
+        return self.attn(windows, mask=self.block.attn_mask)
 
     def cut(self, x: Tensor, window: int, shift: int) -> Tensor:
         H, W = x.shape[1:3]

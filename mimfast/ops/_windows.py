@@ -13,11 +13,13 @@ from torch import Tensor
 
 from mimfast import _native
 from mimfast._check import check_dtype, check_same_device, check_shape, fail
+from mimfast.ops._choice import why_not_on
 
 PADS = ("pad_then_roll", "roll_then_pad")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IDS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 Side = int | tuple[int, int]
+TOKENS, HEADS, WIDE_TILE = 256, (16, 64), {2: 8192, 4: 4096}  # what kernels/window_attention.py takes
 
 
 class Layout(NamedTuple):
@@ -127,6 +129,26 @@ def check_ids(op: str, group: Tensor) -> None:
 def ids_of(group: Tensor) -> Tensor:
     """(B or 1, H, W) int32, dense: what the kernels read."""
     return group.reshape(-1, *group.shape[-2:]).to(torch.int32).contiguous()
+
+
+def why_not(qkv: Tensor, window: tuple[int, int], heads: int, impl: str) -> str | None:
+    """Why `impl` cannot take this call of either version; None when it can."""
+    if qkv.dtype == torch.float64:
+        return "the kernel computes in float32 and was given float64"
+    if impl == "triton":
+        (_, H, W, E), n, d = qkv.shape, window[0] * window[1], qkv.shape[-1] // (3 * heads)
+        if not HEADS[0] <= d <= HEADS[1]:
+            return f"the kernel takes {HEADS[0]} to {HEADS[1]} values per head, and {heads * d} / {heads} heads is {d}"
+        if n > TOKENS:
+            return f"the kernel keeps a window on chip, which suits up to {TOKENS} tokens, and this one has {n}"
+        tile = 1 << max(4, (n - 1).bit_length()) + (d - 1).bit_length()  # padded to powers of 2
+        most = WIDE_TILE[qkv.element_size()]
+        if tile > most:
+            kind = str(qkv.dtype).removeprefix("torch.")
+            return f"{n} tokens x {d} values pad to {tile}, and {kind} keys beyond {most} do not fit on chip"
+        if H * W * E >= 2**31:
+            return f"the kernel counts the values of an image in 32 bits, and {H} x {W} x {E} do not fit"
+    return why_not_on(impl, qkv.device.type)
 
 
 def run_cpu(
