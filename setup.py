@@ -97,6 +97,7 @@ setup(
         "mimfast.kernels",
         "mimfast.methods",
         "mimfast.ops",
+        "mimfast.recipes",
         "mimfast.report",
         "mimfast.testing",
         "mimfast.train",

@@ -8,6 +8,8 @@
 #include <sstream>
 #include <string>
 
+#include "hog.h"
+#include "local_norm.h"
 #include "mask_blockwise.h"
 #include "mask_guided.h"
 #include "mask_pack.h"
@@ -42,6 +44,30 @@ py::object source_hash(const std::string& op) {
   for (std::string entry; sources >> entry;)
     if (entry.rfind(op + "=", 0) == 0) return py::str(entry.substr(op.size() + 1));
   return py::none();
+}
+
+mimfast::HogImages make_hog_images(uintptr_t img, std::array<int64_t, 4> stride, int64_t batch, int32_t height,
+                                   int32_t width, int32_t cell, float unit, const std::vector<float>& weight,
+                                   bool normalize, std::array<float, 3> factor) {
+  mimfast::HogImages images = {};
+  images.img = at<const uint8_t>(img);
+  std::copy(stride.begin(), stride.end(), images.stride);
+  images.batch = batch;
+  images.height = height;
+  images.width = width;
+  images.cell = cell;
+  images.unit = unit;
+  images.window = static_cast<int32_t>(weight.size());
+  if (images.window > mimfast::kHogMaxWindow) throw py::value_error("hog: the window is too large");
+  std::copy(weight.begin(), weight.end(), images.weight);
+  images.normalize = normalize;
+  std::copy(factor.begin(), factor.end(), images.factor);
+  return images;
+}
+
+mimfast::Hog make_hog(const mimfast::HogImages& images, int32_t side, bool dense, int64_t rows, uintptr_t index,
+                      uintptr_t out, bool out_bf16) {
+  return {images, side, rows, at<const int64_t>(index), dense, out_bf16, at<void>(out)};
 }
 
 mimfast::MaskPlan make_mask_plan(uintptr_t sample_ids, uintptr_t epochs, int64_t epoch, int64_t batch, int32_t rows,
@@ -131,29 +157,19 @@ mimfast::PatchGather make_patch_gather(uintptr_t img, const std::string& img_typ
           pixel_type(out_type)};
 }
 
-mimfast::PixelLoss make_pixel_loss(uintptr_t pred, bool pred_bf16, std::array<int64_t, 2> pred_stride, uintptr_t img,
-                                   bool img_uint8, std::array<int64_t, 4> img_stride, uintptr_t map, uintptr_t index,
-                                   int64_t batch, int64_t rows, int32_t grid_rows, int32_t grid_cols, int32_t patch,
-                                   bool norm, int32_t kind, std::array<float, 3> mean, std::array<float, 3> std,
-                                   float eps, float beta, float upstream, uintptr_t loss, uintptr_t grad) {
+mimfast::LossRows make_loss_rows(uintptr_t pred, bool pred_bf16, std::array<int64_t, 2> pred_stride, uintptr_t map,
+                                 uintptr_t index, int64_t batch, int64_t rows, int64_t tokens, int64_t values,
+                                 int32_t kind, float beta, float upstream, uintptr_t loss, uintptr_t grad) {
   return {at<const void>(pred),
           pred_bf16,
           pred_stride,
-          at<const void>(img),
-          img_uint8,
-          img_stride,
           at<const bool>(map),
           at<const int64_t>(index),
           batch,
           rows,
-          grid_rows,
-          grid_cols,
-          patch,
-          norm,
-          static_cast<mimfast::PixelLossKind>(kind),
-          mean,
-          std,
-          eps,
+          tokens,
+          values,
+          static_cast<mimfast::LossKind>(kind),
           beta,
           upstream,
           at<float>(loss),
@@ -195,6 +211,26 @@ mimfast::WindowAttention make_window_attention(uintptr_t qkv, bool bf16, std::ar
           at<float>(d_head_scale)};
 }
 
+mimfast::PixelLoss make_pixel_loss(const mimfast::LossRows& rows, uintptr_t img, bool img_uint8,
+                                   std::array<int64_t, 4> img_stride, int32_t grid_cols, int32_t patch, bool norm,
+                                   bool colour_major, std::array<float, 3> mean, std::array<float, 3> std, float eps) {
+  return {rows, at<const void>(img), img_uint8, img_stride, grid_cols, patch, norm, colour_major, mean, std, eps};
+}
+
+mimfast::LocalNorm make_local_norm(uintptr_t img, bool img_uint8, std::array<int64_t, 4> stride, int64_t batch,
+                                   int32_t height, int32_t width, int32_t radius, std::array<float, 3> floor,
+                                   uintptr_t out) {
+  return {at<const void>(img),
+          img_uint8,
+          {stride[0], stride[1], stride[2], stride[3]},
+          batch,
+          height,
+          width,
+          radius,
+          {floor[0], floor[1], floor[2]},
+          at<float>(out)};
+}
+
 using release_gil = py::call_guard<py::gil_scoped_release>;
 
 }  // namespace
@@ -210,6 +246,17 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "noop_cpu", [](uintptr_t x, uintptr_t y, int64_t n) { mimfast::noop_cpu(at<const float>(x), at<float>(y), n); },
       py::arg("x"), py::arg("y"), py::arg("n"), release_gil());
+
+  // module_local: the emulated twin may be loaded beside this module
+  py::class_<mimfast::HogImages>(m, "HogImages", py::module_local(), "Images and rule, as in csrc/hog.h.")
+      .def(py::init(&make_hog_images), py::kw_only(), py::arg("img"), py::arg("stride"), py::arg("batch"),
+           py::arg("height"), py::arg("width"), py::arg("cell"), py::arg("unit"), py::arg("weight"),
+           py::arg("normalize"), py::arg("factor"));
+  py::class_<mimfast::Hog>(m, "Hog", py::module_local(), "One call, as in csrc/hog.h.")
+      .def(py::init(&make_hog), py::kw_only(), py::arg("images"), py::arg("side"), py::arg("dense"), py::arg("rows"),
+           py::arg("index"), py::arg("out"), py::arg("out_bf16"));
+  m.def("hog_cpu", &mimfast::hog_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  m.def("hog_simd_bits", &mimfast::hog_simd_bits, py::arg("bits"), "For tests: 128, 256 or 512, at most.");
 
   // module_local: the emulated twin may be loaded beside this module
   py::class_<mimfast::MaskPlan>(m, "MaskPlan", py::module_local(), "One call, field by field as in csrc/mask_plan.h.")
@@ -239,12 +286,15 @@ PYBIND11_MODULE(_core, m) {
            py::arg("flip"), py::arg("cu_seqlens"), py::arg("rows"), py::arg("channels_last"), py::arg("mean"),
            py::arg("std"), py::arg("out"), py::arg("out_type"));
   m.def("patch_gather_cpu", &mimfast::patch_gather_cpu, py::arg("call"), py::arg("threads"), release_gil());
+
+  py::class_<mimfast::LossRows>(m, "LossRows", py::module_local(), "What losses share, as in csrc/loss_tail.h.")
+      .def(py::init(&make_loss_rows), py::kw_only(), py::arg("pred"), py::arg("pred_bf16"), py::arg("pred_stride"),
+           py::arg("map"), py::arg("index"), py::arg("batch"), py::arg("rows"), py::arg("tokens"), py::arg("values"),
+           py::arg("kind"), py::arg("beta"), py::arg("upstream"), py::arg("loss"), py::arg("grad"));
   py::class_<mimfast::PixelLoss>(m, "PixelLoss", py::module_local(), "One call, as in csrc/pixel_loss.h.")
-      .def(py::init(&make_pixel_loss), py::kw_only(), py::arg("pred"), py::arg("pred_bf16"), py::arg("pred_stride"),
-           py::arg("img"), py::arg("img_uint8"), py::arg("img_stride"), py::arg("map"), py::arg("index"),
-           py::arg("batch"), py::arg("rows"), py::arg("grid_rows"), py::arg("grid_cols"), py::arg("patch"),
-           py::arg("norm"), py::arg("kind"), py::arg("mean"), py::arg("std"), py::arg("eps"), py::arg("beta"),
-           py::arg("upstream"), py::arg("loss"), py::arg("grad"));
+      .def(py::init(&make_pixel_loss), py::kw_only(), py::arg("rows"), py::arg("img"), py::arg("img_uint8"),
+           py::arg("img_stride"), py::arg("grid_cols"), py::arg("patch"), py::arg("norm"), py::arg("colour_major"),
+           py::arg("mean"), py::arg("std"), py::arg("eps"));
   m.def("pixel_loss_cpu", &mimfast::pixel_loss_cpu, py::arg("call"), py::arg("threads"), release_gil());
 
   py::class_<mimfast::WindowAttention>(m, "WindowAttention", py::module_local(),
@@ -257,7 +307,21 @@ PYBIND11_MODULE(_core, m) {
            py::arg("d_head_scale"));
   m.def("window_attention_cpu", &mimfast::window_attention_cpu, py::arg("call"), py::arg("threads"), release_gil());
 
+  py::class_<mimfast::LocalNorm>(m, "LocalNorm", py::module_local(), "One call, as in csrc/local_norm.h.")
+      .def(py::init(&make_local_norm), py::kw_only(), py::arg("img"), py::arg("img_uint8"), py::arg("stride"),
+           py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("radius"), py::arg("floor"), py::arg("out"));
+  m.def("local_norm_cpu", &mimfast::local_norm_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  m.attr("LOCAL_NORM_MAX_BOX_UINT8") = mimfast::kLocalNormMaxBoxUint8;
+  m.attr("LOCAL_NORM_MAX_WIDTH_CUDA") = mimfast::kLocalNormMaxWidthCuda;
+
 #ifdef MIMFAST_CUDA
+  m.def(
+      "local_norm_cuda",
+      [](const mimfast::LocalNorm& call, uintptr_t stream) { mimfast::local_norm_cuda(call, at<CUstream_st>(stream)); },
+      py::arg("call"), py::arg("stream"), release_gil());
+  m.def(
+      "hog_cuda", [](const mimfast::Hog& call, uintptr_t stream) { mimfast::hog_cuda(call, at<CUstream_st>(stream)); },
+      py::arg("call"), py::arg("stream"), release_gil());
   m.def(
       "noop_cuda",
       [](uintptr_t x, uintptr_t y, int64_t n, uintptr_t stream) {

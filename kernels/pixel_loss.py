@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mimfast.kernels.loss_tail import KINDS, count, penalty, rows_that_count
+
 TILE = 1024  # elements per program, 8 per lane with 4 warps; small patches share a program, large ones get more warps
-KINDS = {"mse": 0, "l1": 1, "smooth_l1": 2}
 
 
 @triton.jit
@@ -40,6 +41,7 @@ def pixel_loss_kernel(
     KIND: tl.constexpr,  # 0 mse, 1 l1, 2 smooth_l1
     LOSS: tl.constexpr, GRAD: tl.constexpr,  # what to write: both, the loss alone, or (backward) the gradient alone
     COMPACT: tl.constexpr,
+    MAJOR: tl.constexpr,  # values in (c, py, px) order, channel slowest; else in (py, px, c) order
     STALE: tl.constexpr,  # backward: grad_ptr does not hold the gradient for an upstream gradient of 1
 ):  # fmt: skip
     upstream = 1.0
@@ -51,12 +53,7 @@ def pixel_loss_kernel(
     row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside_R = row_R < rows
     b_R, r_R = row_R // R, row_R % R
-    if COMPACT:
-        l_R = tl.load(hidden_ptr + row_R, mask=inside_R, other=-1)
-        hidden_R = (l_R >= 0) & (l_R < L)  # the others are not read
-    else:
-        l_R = r_R
-        hidden_R = tl.load(hidden_ptr + row_R, mask=inside_R, other=0) != 0
+    l_R, hidden_R = rows_that_count(hidden_ptr, row_R, rows, R, L, COMPACT)
     count = tl.maximum(tl.load(count_ptr), 1).to(tl.float32)
     weight = 1.0 / (count * D)
 
@@ -64,8 +61,10 @@ def pixel_loss_kernel(
     full_D = d_D < D
     read_RD = hidden_R[:, None] & full_D[None, :]
 
-    # (py, px, c) order, channel fastest
-    c_D, px_D, py_D = d_D % 3, (d_D // 3) % PATCH, d_D // (3 * PATCH)
+    if MAJOR:
+        c_D, py_D, px_D = d_D // (PATCH * PATCH), d_D // PATCH % PATCH, d_D % PATCH
+    else:
+        py_D, px_D, c_D = d_D // (3 * PATCH), d_D // 3 % PATCH, d_D % 3
     corner_R = b_R * img_b + (l_R // grid_w) * PATCH * img_h + (l_R % grid_w) * PATCH * img_w
     pixel_D = py_D.to(tl.int64) * img_h + px_D.to(tl.int64) * img_w + c_D.to(tl.int64) * img_c
     target = tl.load(img_ptr + corner_R[:, None] + pixel_D[None, :], mask=read_RD, other=0).to(tl.float32)
@@ -82,15 +81,7 @@ def pixel_loss_kernel(
     from_RD = (b_R * pred_b + r_R * pred_r)[:, None] + d_D.to(tl.int64)[None, :] * pred_d
     pred = tl.load(pred_ptr + from_RD, mask=read_RD, other=0.0).to(tl.float32)
     diff = tl.where(read_RD, pred - target, 0.0)
-    size = tl.abs(diff)
-    sign = tl.where(diff > 0, 1.0, tl.where(diff < 0, -1.0, diff))  # diff itself where it is 0 or NaN
-    if KIND == 0:
-        loss, step = diff * diff, 2.0 * diff
-    elif KIND == 1:
-        loss, step = size, sign
-    else:
-        loss = tl.where(size < beta, 0.5 * diff * diff / beta, size - 0.5 * beta)
-        step = tl.where(size < beta, diff / beta, sign)
+    loss, step = penalty(diff, beta, KIND)
     if LOSS:
         tl.store(loss_ptr + row_R, tl.sum(loss, axis=1) * weight, mask=inside_R)
     if GRAD:
@@ -102,29 +93,29 @@ def pixel_loss_kernel(
 
 def pixel_loss_fwd(
     pred: Tensor, img: Tensor, hidden: Tensor, patch: int, norm: bool, kind: str,
-    mean: list[float], std: list[float], eps: float, beta: float, grad: bool,
+    order: str, mean: list[float], std: list[float], eps: float, beta: float, grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss, the gradient of pred for an upstream gradient of 1 (empty unless `grad`), the hidden count."""
-    count = _count(hidden, (img.shape[2] // patch) * (img.shape[3] // patch))
+    counted = count(hidden, (img.shape[2] // patch) * (img.shape[3] // patch))
     loss_R = torch.empty(hidden.numel(), dtype=torch.float32, device=pred.device)
     d_pred = torch.empty(pred.shape if grad else (0,), dtype=pred.dtype, device=pred.device)
-    inputs = (pred, img, hidden, count, loss_R, d_pred, loss_R)
-    _launch(inputs, patch, norm, kind, mean, std, eps, beta, LOSS=True, GRAD=grad, STALE=True)
-    return loss_R.sum(), d_pred, count
+    inputs = (pred, img, hidden, counted, loss_R, d_pred, loss_R)
+    _launch(inputs, patch, norm, kind, order, mean, std, eps, beta, LOSS=True, GRAD=grad, STALE=True)
+    return loss_R.sum(), d_pred, counted
 
 
 def pixel_loss_bwd(
-    d_pred: Tensor, pred: Tensor, img: Tensor, hidden: Tensor, count: Tensor, upstream: Tensor, patch: int, norm: bool,
-    kind: str, mean: list[float], std: list[float], eps: float, beta: float, stale: bool,
+    d_pred: Tensor, pred: Tensor, img: Tensor, hidden: Tensor, counted: Tensor, upstream: Tensor, patch: int,
+    norm: bool, kind: str, order: str, mean: list[float], std: list[float], eps: float, beta: float, stale: bool,
 ) -> None:  # fmt: skip
     """Turn `d_pred`, as the forward left it, or with any content when `stale`, into the gradient for `upstream`."""
-    inputs = (pred, img, hidden, count, d_pred, d_pred, upstream)
-    _launch(inputs, patch, norm, kind, mean, std, eps, beta, LOSS=False, GRAD=True, STALE=stale)
+    inputs = (pred, img, hidden, counted, d_pred, d_pred, upstream)
+    _launch(inputs, patch, norm, kind, order, mean, std, eps, beta, LOSS=False, GRAD=True, STALE=stale)
 
 
 def _launch(
     inputs: tuple[Tensor, ...], patch: int, norm: bool, kind: str,
-    mean: list[float], std: list[float], eps: float, beta: float, **what: bool,
+    order: str, mean: list[float], std: list[float], eps: float, beta: float, **what: bool,
 ) -> None:  # fmt: skip
     pred, img, hidden, *rest = inputs
     B, R, D = pred.shape
@@ -142,13 +133,8 @@ def _launch(
             pred, img, hidden, *rest, B * R, R, grid[0] * grid[1], grid[1],
             *pred.stride(), *img.stride(), *scale, *shift, eps, beta,
             PATCH=patch, D=D, BLOCK_D=block, ROWS=rows, NORM=norm, KIND=KINDS[kind], COMPACT=compact,
-            num_warps=warps, **what,
+            MAJOR=order == "cpq", num_warps=warps, **what,
         )  # fmt: skip
-
-
-def _count(hidden: Tensor, L: int) -> Tensor:
-    """How many rows count, [] int64, with as few launches as torch allows."""
-    return hidden.sum() if hidden.dtype == torch.bool else (hidden.clamp(0, L - 1) == hidden).sum()
 
 
 def tiling(D: int) -> tuple[int, int, int]:
@@ -173,7 +159,7 @@ def _aot(pred: str, img: str, patch: int, hidden: str = "*u8", **constants: bool
     types |= dict.fromkeys(("pred_b", "pred_r", "img_b", "img_c", "img_h"), "i32:16" if patch == 16 else "i32")
     types |= {f"{s}_{c}": "fp32" for s in ("scale", "shift") for c in range(3)} | {"eps": "fp32", "beta": "fp32"}
     shape = {"pred_d": 1, "img_w": 1, "PATCH": patch, "D": D, "BLOCK_D": block, "ROWS": rows}
-    shape |= {"NORM": True, "KIND": 0, "GRAD": True, "COMPACT": hidden == "*i64"}
+    shape |= {"NORM": True, "KIND": 0, "GRAD": True, "COMPACT": hidden == "*i64", "MAJOR": False}
     return pixel_loss_kernel, types, shape | constants, warps
 
 
@@ -184,6 +170,7 @@ AOT = {
     "fwd-fp16-fp32-32-l1": _aot("*fp16", "*fp32", 32, LOSS=True, STALE=True, KIND=1),
     "fwd-bf16-u8-16-compact": _aot("*bf16", "*u8", 16, "*i64", LOSS=True, STALE=True),
     "fwd-bf16-u8-4": _aot("*bf16", "*u8", 4, LOSS=True, STALE=True),
+    "fwd-bf16-u8-16-cpq-l1": _aot("*bf16", "*u8", 16, LOSS=True, STALE=True, MAJOR=True, KIND=1, NORM=False),
     "bwd-bf16-u8-16": _aot("*bf16", "*u8", 16, LOSS=False, STALE=False),
     "eval-bf16-u8-16": _aot("*bf16", "*u8", 16, LOSS=True, STALE=True, GRAD=False),
 }

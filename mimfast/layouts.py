@@ -1,34 +1,33 @@
 """Checkpoints in and out: `load` recognises whose names a file has, `export` writes timm's, Hugging Face's or MAE's."""
 
-import json
 import logging
 import os
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from math import isqrt
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mimfast import _names, _weights
+from mimfast import _names, _weights, encoders, methods
 from mimfast._check import UserError, fail
 from mimfast.decoders import ViTDecoder
-from mimfast.encoders.positions import sincos_2d
+from mimfast.encoders import relative
+from mimfast.encoders.positions import resized, sincos_2d
+from mimfast.encoders.tables import geometric_resize
 from mimfast.encoders.vit import EPS, ViT
+from mimfast.exports import LAYOUTS as LAYOUTS
+from mimfast.exports import Layout as Layout
+from mimfast.exports import export as export
 from mimfast.methods.mae import MAE
+from mimfast.recognise import HEADS, TABLE, Given, recognise
 from mimfast.targets import Pixels
 
 log = logging.getLogger("mimfast")
 
-Layout = Literal["timm", "hf", "mae"]
-LAYOUTS = ("timm", "hf", "mae")
-# heads are not in a state dict: those of the published sizes, by width
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_HEADS = {512: 16}
 
 
@@ -73,29 +72,38 @@ def load(
     """Build the method (when the source has a decoder) or the encoder (when not) of a checkpoint, with its weights.
 
     Recognised: our own runs and exports, official MAE files (encoder only or full), timm's ViTs, Hugging Face's ViTMAE
-    (folder, file or state dict). The result carries a `load_report` (`LoadReport`), logged at INFO under "mimfast".
-    Nothing in a file is executed.
+    (folder, file or state dict); official FastMIM (ViT, Swin, PVTv2), SimMIM (Swin, ViT) and MaskFeat; BEiT, Swin and
+    PVTv2 of their authors and of timm. The result carries a `load_report` (`LoadReport`), logged at INFO under
+    "mimfast". Nothing in a file is executed.
 
     Args:
         source: file, folder, state dict, or checkpoint object that holds one.
-        img_size: pixels or (height, width); needed when the grid is not square and the source does not say.
+        img_size: pixels or (height, width); needed when the grid is not square and the source does not say. For another
+            size than the source's, position embeddings are resized (bicubic) and tables of relative positions too
+            (geometric, as FastMIM and SimMIM do before fine-tuning).
         heads: attention heads of the encoder, when the source does not say and the width is of no published size.
         decoder_heads: the same for the decoder.
         norm: whether the target is standardised per patch; overrides the source, True when nothing says.
         ratio: mask ratio; overrides the source, 0.75 when nothing says.
     Returns:
-        `MAE` or `ViT`, fp32 on the CPU, in training mode.
+        `MAE`, `FastMIM`, `SimMIM`, `MaskFeat`, or the encoder, fp32 on the CPU, in training mode.
     Raises:
         UserError: a source that is missing, empty, damaged, of no known layout, inconsistent, or that asks for code.
     Warns:
         UserWarning: names are missing or unexpected.
     """
     weights = _weights.read(source)
-    layout, state = _recognise(weights)
-    config = _sizes(weights, state, _grid_given(img_size), heads, decoder_heads, norm, ratio)
+    given = Given(_grid_given(img_size), heads, decoder_heads, norm, ratio)
+    found = recognise(weights, given)
+    if found is None:
+        layout, state = _recognise(weights)
+        config = _sizes(weights, state, given)
+    else:
+        layout, config, state = found.layout, found.config, found.state
     # building draws random numbers: the caller's generator must not notice
     with torch.random.fork_rng(devices=[]):
         model = _build(config)
+    state = _fitted(state, model, weights.notes)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -104,7 +112,9 @@ def load(
             f"load: source has {weights.source!r}, expected tensors of one model because {reason}"
         ) from error
     _note_positions(model, weights.notes)
-    report = LoadReport(layout, weights.source, _describe(config), list(missing), list(unexpected), weights.notes)
+    report = LoadReport(
+        layout, weights.source, _describe(config, model), list(missing), list(unexpected), weights.notes
+    )
     if missing or unexpected:
         warnings.warn(f"load: {report}", stacklevel=2)
     log.info("loaded %s", report)
@@ -135,13 +145,16 @@ def _recognise(weights: _weights.Weights) -> tuple[str, dict[str, Tensor]]:
 def _sizes(
     weights: _weights.Weights,
     state: dict[str, Tensor],
-    img_size: tuple[int, int] | None,
-    heads: int | None,
-    decoder_heads: int | None,
-    norm: bool | None,
-    ratio: float | None,
+    given: Given,
 ) -> dict[str, Any]:
     """The `config` of the model: what the tensors say, then the caller, the file, the published sizes."""
+    img_size, heads, decoder_heads, norm, ratio = (
+        given.img_size,
+        given.heads,
+        given.decoder_heads,
+        given.norm,
+        given.ratio,
+    )
     own, hf, args, notes = weights.config, weights.hf_config, weights.args, weights.notes
     own_encoder = own.get("encoder", own)
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
@@ -225,25 +238,57 @@ def _note_hf(hf: dict[str, Any], notes: list[str]) -> None:
         notes.append(f"its hidden_act is {act!r}, ours the exact gelu: outputs differ")
 
 
+def _fitted(state: dict[str, Tensor], model: nn.Module, notes: list[str]) -> dict[str, Tensor]:
+    """The state with the tables that depend on the size resized to those of the model."""
+    encoder: Any = getattr(model, "encoder", model)
+    wanted, found = model.state_dict(), dict(state)
+    for key, value in state.items():
+        name, new = key.rpartition(".")[2], wanted.get(key)
+        if new is None or new.shape == value.shape or name not in (TABLE, "pos_embed") or new.ndim != value.ndim:
+            continue
+        if name == "pos_embed":
+            side = isqrt(value.shape[1] - 1)
+            if side * side != value.shape[1] - 1 or value.shape[2] != new.shape[2]:
+                continue
+            found[key] = resized(value, (side, side), encoder.grid)
+        elif hasattr(encoder, "cls_token"):
+            side = (isqrt(value.shape[0] - relative.EXTRA) + 1) // 2
+            found[key] = relative.resized(value, (side, side), encoder.grid)
+        else:
+            source, target = ((isqrt(len(table)) + 1) // 2 for table in (value, new))
+            found[key] = geometric_resize(value, source, target)
+        note = f"resized the {'positions' if name == 'pos_embed' else 'tables of relative positions'} to the image size"
+        if note not in notes:
+            notes.append(note)
+    return found
+
+
 def _note_positions(model: nn.Module, notes: list[str]) -> None:
-    vit = model.encoder if isinstance(model, MAE) else model
-    assert isinstance(vit, ViT)
+    vit = getattr(model, "encoder", model)
+    if not isinstance(vit, ViT) or vit.positions == "learned":
+        return
     if not torch.allclose(vit.pos_embed.detach(), sincos_2d(vit.dim, vit.grid), atol=1e-3):
         notes.append("its position embedding is not the sine-cosine table: kept as it is, and never trained here")
 
 
 def _build(config: dict[str, Any]) -> nn.Module:
-    sizes = config.get("encoder", config)
-    encoder = ViT(**{**sizes, "img_size": tuple(sizes["img_size"])})
+    if config.get("method", "MAE") != "MAE":
+        return getattr(methods, config["method"]).from_config(config)
+    encoder: Any = encoders.from_config(config.get("encoder", config))
     if "decoder" not in config:
         return encoder
     decoder = ViTDecoder(encoder.dim, encoder.grid, encoder.patch, **config["decoder"])
     return MAE(encoder, decoder, Pixels(encoder.patch, config["norm"], config["kind"]), config["ratio"])
 
 
-def _describe(config: dict[str, Any]) -> str:
+def _describe(config: dict[str, Any], model: nn.Module) -> str:
     vit = config.get("encoder", config)
     height, width = vit["img_size"]
+    method = config.get("method", "MAE")
+    if method != "MAE" or "name" in vit:
+        encoder: Any = getattr(model, "encoder", model)
+        text = f"{vit.get('name', 'vit')}, tokens {encoder.dim} wide of {encoder.stride} px, {height}x{width} px"
+        return f"{method} of {text}" if "encoder" in config else text
     text = (
         f"ViT {vit['dim']} wide, {vit['depth']} blocks, {vit['heads']} heads, patch {vit['patch']}, {height}x{width} px"
     )
@@ -256,94 +301,3 @@ def _describe(config: dict[str, Any]) -> str:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return (", ".join(names[:6]) or "none") + more
-
-
-def export(model: nn.Module, path: str | os.PathLike[str], layout: Layout = "timm") -> Path:
-    """Write the weights under somebody else's names; the write is atomic, an existing file is replaced.
-
-    Args:
-        model: `MAE` or `ViT` (also inside DistributedDataParallel or torch.compile).
-        path: "timm": a .safetensors file of the encoder that loads strictly into timm's VisionTransformer with
-            num_classes=0. "hf": a folder with config.json and model.safetensors for ViTMAEForPreTraining (MAE) or
-            ViTMAEModel (ViT). "mae": a .pth file {"model": official names}, or .safetensors with the same names.
-        layout: as above.
-    Returns:
-        the path.
-    Raises:
-        UserError: an unknown layout, a model or a path that does not go with it.
-    """
-    if layout not in LAYOUTS:
-        close = get_close_matches(str(layout), LAYOUTS, n=1, cutoff=0.3)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        fail("export", "layout", repr(layout), f"one of {list(LAYOUTS)}", f"no other layout is written{hint}")
-    model = getattr(model, "_orig_mod", model)
-    model = getattr(model, "module", model)
-    encoder = model.encoder if isinstance(model, MAE) else model
-    if not isinstance(encoder, ViT):
-        fail(
-            "export",
-            "model",
-            type(model).__name__,
-            "a MAE over a ViT, or a ViT",
-            f"the layout {layout!r} has names for nothing else",
-        )
-    target = Path(path)
-    if layout == "hf":
-        _export_hf(model, encoder, target)
-        return target
-    suffixes = (".safetensors",) if layout == "timm" else (".safetensors", ".pth", ".pt")
-    if target.suffix not in suffixes:
-        wanted = " or ".join(f"a name in {s}" for s in suffixes)
-        fail("export", "path", repr(str(target)), wanted, f"the layout {layout!r} is written in these formats")
-    source: Any = encoder if layout == "timm" else model
-    write = _weights.write_safetensors if target.suffix == ".safetensors" else _weights.write_torch
-    write(source.state_dict(), target, source.config)
-    return target
-
-
-def _check_hf(model: nn.Module, encoder: ViT, path: Path) -> None:
-    """Raise for what Hugging Face's ViTMAE has no names or no place for."""
-    rows, columns = encoder.grid
-    if rows != columns:
-        reason = "Hugging Face's ViTMAE builds its positions for square images"
-        fail("export", "model", f"grid {rows}x{columns}", "a square grid", reason)
-    if isinstance(model, MAE) and not isinstance(model.decoder, ViTDecoder):
-        found, reason = f"a {type(model.decoder).__name__}", "Hugging Face's ViTMAE has no other; export the encoder"
-        fail("export", "model", found, "a ViTDecoder", reason)
-    if path.is_file():
-        reason = "the layout 'hf' is config.json and model.safetensors"
-        fail("export", "path", f"{str(path)!r}, a file", "a folder", reason)
-
-
-def _export_hf(model: nn.Module, encoder: ViT, path: Path) -> None:
-    _check_hf(model, encoder, path)
-    full = isinstance(model, MAE)
-    config = {
-        "architectures": ["ViTMAEForPreTraining" if full else "ViTMAEModel"],
-        "model_type": "vit_mae",
-        "hidden_size": encoder.dim,
-        "num_hidden_layers": encoder.depth,
-        "num_attention_heads": encoder.heads,
-        "intermediate_size": int(encoder.dim * encoder.mlp_ratio),
-        "hidden_act": "gelu",
-        "layer_norm_eps": EPS,
-        "image_size": encoder.img_size[0],
-        "patch_size": encoder.patch,
-        "num_channels": 3,
-        "qkv_bias": True,
-    }
-    if isinstance(model, MAE):
-        decoder = model.decoder
-        config |= {
-            "decoder_hidden_size": decoder.dim,
-            "decoder_num_hidden_layers": decoder.depth,
-            "decoder_num_attention_heads": decoder.heads,
-            "decoder_intermediate_size": int(decoder.dim * decoder.mlp_ratio),
-            "mask_ratio": model.ratio,
-            "norm_pix_loss": bool(model.config.get("norm", False)),
-        }
-    text = json.dumps(config, indent=2) + "\n"
-    _weights.write_atomically(path / "config.json", lambda tmp: tmp.write_text(text))
-    state = _names.to_hf(model.state_dict(), decoder=full)
-    owner: Any = model
-    _weights.write_safetensors(state, path / "model.safetensors", owner.config)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mimfast import recipes
@@ -79,20 +79,20 @@ def _some(source: Source, most: int) -> Source:
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, img: Tensor, device: torch.device, batch: int = 256) -> Tensor:
+def features(encoder: Any, img: Tensor, device: torch.device, batch: int = 256) -> Tensor:
     """Mean patch token of each image.
 
     Args:
-        encoder: gives (B, 1 + L, D) with the class token first.
+        encoder: gives (B, prefix + L, D) with class tokens first.
         img: (N, 3, H, W) uint8 on the CPU.
         device: where the encoder is.
         batch: images at a time.
     Returns:
         (N, D) fp32 on the CPU.
     """
-    was_training = encoder.training
+    was_training, prefix = encoder.training, encoder.prefix
     encoder.eval()
-    parts = [encoder(part.to(device))[:, 1:].float().mean(1).cpu() for part in img.split(batch)]
+    parts = [encoder(part.to(device))[:, prefix:].float().mean(1).cpu() for part in img.split(batch)]
     encoder.train(was_training)
     return torch.cat(parts)
 

@@ -85,6 +85,9 @@ def _as_type(name: str, value: Any, kind: Any, where: str) -> Any:
         return _as_type(name, value, next(k for k in options if k is not type(None)), where)
     if origin is Literal and value in options:
         return value
+    if origin is tuple and isinstance(value, list | tuple):
+        # any number of values of one type
+        options = options[:1] * len(value) if options[-1] is Ellipsis else options
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(options):
         return tuple(_as_type(name, v, k, where) for v, k in zip(value, options))
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
@@ -100,7 +103,9 @@ def _words(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(repr(o) for o in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return f"{len(typing.get_args(kind))} numbers"
+        options = typing.get_args(kind)
+        many = {int: "whole numbers", float: "numbers", str: "texts"}[options[0]]
+        return f"a list of {many}" if options[-1] is Ellipsis else f"{len(options)} {many}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
 
 
@@ -174,7 +179,12 @@ def _toml_value(value: Any) -> str:
 
 def check(recipe: Recipe) -> Recipe:
     """The recipe itself, after tests that need no image. Raises UserError naming the first bad value."""
-    for good, name, wanted, because in [*_network_rules(recipe), *_training_rules(recipe)]:
+    for good, name, wanted, because in [
+        *_network_rules(recipe),
+        *_method_rules(recipe),
+        *_schedule_rules(recipe),
+        *_training_rules(recipe),
+    ]:
         if not good:
             section, key = name.split(".")
             found = getattr(getattr(recipe, section), key)
@@ -194,6 +204,8 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
         (size > 0, "model.img_size", "a positive number of pixels", "it is the side of the training crop"),
         (patch is None or patch > 0, "model.patch", "a positive number of pixels", "it is the side of a patch"),
         (0 < data.holdout < 1, "data.holdout", "a fraction between 0 and 1", "the final table needs unseen images"),
+        (0 <= model.drop_path < 1, "model.drop_path", "0 <= drop_path < 1", "it is a probability"),
+        (model.drop_last >= 0, "model.drop_last", "0 or more", "it is a number of blocks"),
     ]
     if patch:
         why = f"patches are {patch} px and {size} = {size // patch} * {patch} + {size % patch}"
@@ -206,6 +218,80 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
         (data.workers is None or data.workers >= 0, "data.workers", "0 or more", "it is a number of threads"),
     ]
     return rules
+
+
+def _method_rules(recipe: Recipe) -> list[_Rule]:
+    """Rules against settings that a method would not look at."""
+    model, mask, target, method = recipe.model, recipe.mask, recipe.target, recipe.model.method
+    masked = "mae" if method == "mae" else "maskfeat" if method == "maskfeat" else ""
+    whats = {"mae": ("pixels",), "fastmim": ("hog", "pixels"), "simmim": ("pixels", "local"), "maskfeat": ("hog",)}
+    predicts = whats[method] if target.what is None else (target.what,)
+    rules: list[_Rule] = [
+        (
+            mask.block is None or mask.block > 0,
+            "mask.block",
+            "a positive number of pixels",
+            "it is the side of a block",
+        ),
+        (not masked or mask.block is None, "mask.block", "none", f"{masked} has masks of its own kind"),
+        (predicts[0] in whats[method], "target.what", " or ".join(whats[method]), f"{method} predicts nothing else"),
+        (target.gaussian_window >= 0, "target.gaussian_window", "0 or more", "it is a side in pixels"),
+        (
+            target.gaussian_window == 0 or predicts[0] == "hog",
+            "target.gaussian_window",
+            "0",
+            f"the target is {predicts[0]}, and only hog is weighed",
+        ),
+        (method != "simmim" or not target.norm, "target.norm", "False", "simmim predicts plain pixels"),
+        (method != "maskfeat" or target.norm, "target.norm", "True", "maskfeat's histograms are always normalised"),
+        (method == "simmim" or model.drop_path == 0, "model.drop_path", "0", f"{method} drops no branches"),
+        (method == "fastmim" or model.drop_last == 0, "model.drop_last", "0", f"{method} leaves no blocks out"),
+    ]
+    for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
+        bare = getattr(model, name) is None
+        rules.append((method in ("mae", "fastmim") or bare, f"model.{name}", "none", f"{method} has no decoder"))
+    return rules
+
+
+def _schedule_rules(recipe: Recipe) -> list[_Rule]:
+    """Rules of the sections that make a run change while it lasts."""
+    progress, optim, model = recipe.progress, recipe.optim, recipe.model
+    sizes, starts, batches = progress.sizes, progress.starts, progress.batch_sizes
+    ascending = all(a < b for a, b in zip(optim.milestones, optim.milestones[1:]))
+    rules: list[_Rule] = [
+        (optim.warmup_lr >= 0, "optim.warmup_lr", "0 or more", "it is a learning rate"),
+        (
+            ascending and all(0 < milestone < 1 for milestone in optim.milestones),
+            "optim.milestones",
+            "ascending fractions between 0 and 1",
+            "they are parts of the run",
+        ),
+        (
+            not optim.milestones or optim.schedule == "multistep",
+            "optim.milestones",
+            "none",
+            f"optim.schedule is {optim.schedule!r}",
+        ),
+    ]
+    if not sizes:
+        off = "there is no schedule without progress.sizes"
+        return [
+            *rules,
+            (not batches, "progress.batch_sizes", "none", off),
+            (not starts, "progress.starts", "none", off),
+        ]
+    count = len(sizes)
+    parts = starts == () or (starts[0] == 0 and all(a < b for a, b in zip(starts, (*starts[1:], 1.0))))
+    return [
+        *rules,
+        (all(size > 0 for size in sizes), "progress.sizes", "positive numbers", "they are sides of crops in pixels"),
+        (model.method != "mae", "progress.sizes", "none", "MAE's encoder sees one size; fastmim follows a schedule"),
+        (model.img_size == sizes[-1], "model.img_size", str(sizes[-1]), "it is the last of progress.sizes"),
+        (len(batches) in (0, count), "progress.batch_sizes", f"{count} numbers or none", f"there are {count} stages"),
+        (all(batch > 0 for batch in batches), "progress.batch_sizes", "1 or more", "a step needs images"),
+        (len(starts) in (0, count), "progress.starts", f"{count} numbers or none", f"there are {count} stages"),
+        (parts, "progress.starts", "0 first, then ascending fractions below 1", "they are parts of the run"),
+    ]
 
 
 def _training_rules(recipe: Recipe) -> list[_Rule]:

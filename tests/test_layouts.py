@@ -316,7 +316,7 @@ def test_export_refuses(tmp_path: Path) -> None:
         export(model, tmp_path / "x.safetensors", "tim")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"export: path has '.*x.pth', expected a name in .safetensors because"):
         export(model, tmp_path / "x.pth", "timm")
-    with pytest.raises(UserError, match=r"export: model has Linear, expected a MAE over a ViT, or a ViT because"):
+    with pytest.raises(UserError, match=r"export: model has Linear, expected a method or an encoder of ours because"):
         export(torch.nn.Linear(1, 1), tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"export: model has grid 2x6, expected a square grid because"):
         export(tiny(img_size=(16, 48)), tmp_path / "x", "hf")

@@ -6,10 +6,12 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from mimfast import recipes, settings
 from mimfast._check import UserError
 from mimfast.recipes import RECIPES, Recipe
+from mimfast.train.schedule import lr_at
 
 
 @pytest.mark.parametrize("make", RECIPES, ids=lambda make: make.__name__)
@@ -43,9 +45,97 @@ def test_small_recipes_build(name):
     assert (method.ratio, method.target.norm) == (recipe.mask.ratio, recipe.target.norm)
 
 
-def test_official_learning_rate():
-    assert recipes.peak_lr(recipes.mae_vit_b()) == pytest.approx(2.4e-3)
-    assert recipes.mae_vit_b().optim.warmup * recipes.mae_vit_b().train.epochs == pytest.approx(40)
+@pytest.mark.parametrize("name", ["fastmim_tiny", "simmim_tiny"])
+def test_small_recipes_of_other_methods_build_and_step(name):
+    recipe = recipes.by_name(name)
+    method = recipes.build(recipe)
+    assert sum(p.numel() for p in method.parameters()) < 2e6
+    side = recipe.model.img_size
+    img = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    loss = method(img, method.sample_mask(2, seed=1))
+    loss.backward()
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("make", "peak", "warmup", "betas", "clip"),
+    [
+        (recipes.mae_vit_b, 2.4e-3, 40, (0.9, 0.95), None),
+        (recipes.fastmim_vit_b, 2.4e-3, 20, (0.9, 0.95), None),
+        (recipes.fastmim_swin_b, 1.2e-3, 10, (0.9, 0.95), None),
+        (recipes.simmim_vit_b, 4e-4, 10, (0.9, 0.999), 5.0),
+        (recipes.simmim_swin_b, 4e-4, 10, (0.9, 0.999), 5.0),
+        (recipes.maskfeat_vit_b, 1.6e-3, 30, (0.9, 0.999), 0.02),
+    ],
+)
+def test_official_rates(make, peak, warmup, betas, clip):
+    recipe = make()
+    assert recipes.peak_lr(recipe) == pytest.approx(peak)
+    assert recipe.optim.warmup * recipe.train.epochs == pytest.approx(warmup)
+    assert (recipe.optim.betas, recipe.optim.clip) == (betas, clip)
+
+
+def test_simmim_falls_to_a_tenth_at_epoch_700():
+    optim = recipes.simmim_vit_b().optim
+    rates = [
+        lr_at(epoch, 800, 4e-4, 0.0, optim.warmup, optim.warmup_lr, optim.schedule, optim.milestones)
+        for epoch in (0, 10, 699, 700, 799)
+    ]
+    assert rates == pytest.approx([2e-6, 4e-4, 4e-4, 4e-5, 4e-5])
+
+
+def test_an_official_fastmim_has_the_published_shapes():
+    with torch.device("meta"):
+        state = recipes.build(recipes.fastmim_vit_b()).state_dict()
+    assert state["decoder_pred.weight"].shape == (108, 256)
+    assert state["decoder_blocks.0.attn.qkv.weight"].shape == (768, 256)
+    assert state["pos_embed"].shape == (1, 65, 768)
+    assert state["mask_token"].shape == (1, 3, 1, 1)
+    assert recipes.build(recipes.fastmim_tiny()).encoder.blocks[0].attn.heads == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("mae", {"mask.block": 16}, "mask.block has 16, expected none because mae has masks of its own kind"),
+        ("mae", {"target.what": "hog"}, "target.what has 'hog', expected pixels because mae predicts nothing else"),
+        ("fastmim", {"target.what": "local"}, "target.what has 'local', expected hog or pixels because fastmim"),
+        (
+            "fastmim",
+            {"target.what": "pixels", "target.gaussian_window": 16},
+            "target.gaussian_window has 16, expected 0",
+        ),
+        ("fastmim", {"model.drop_path": 0.1}, "model.drop_path has 0.1, expected 0 because fastmim drops no branches"),
+        ("simmim", {}, "target.norm has True, expected False because simmim predicts plain pixels"),
+        ("simmim", {"target.norm": False, "model.decoder_depth": 2}, "model.decoder_depth has 2, expected none"),
+        ("maskfeat", {"target.norm": False}, "target.norm has False, expected True"),
+        ("maskfeat", {"mask.block": 16}, "mask.block has 16, expected none because maskfeat has masks of its own kind"),
+        ("maskfeat", {"model.drop_last": 1}, "model.drop_last has 1, expected 0 because maskfeat leaves no blocks out"),
+    ],
+)
+def test_a_setting_that_a_method_would_not_look_at_is_refused(method, given, message):
+    base = Recipe(model=replace(Recipe().model, method=method))
+    with pytest.raises(UserError) as told:
+        settings.check(settings.override(replace(base, train=replace(base.train, steps=1)), given, "test"))
+    assert message in str(told.value)
+
+
+def test_recipes_are_described():
+    assert recipes.describe(recipes.fastmim_tiny()).startswith("FastMIM, ViT (")
+    assert recipes.describe(recipes.simmim_vit_b()) == "SimMIM, beit_b16"
+    assert recipes.describe(recipes.maskfeat_vit_b()) == "MaskFeat, vit_b16"
+    assert recipes.describe(settings.override(recipes.fastmim_vit_b(), {"model.drop_last": 3}, "")) == (
+        "FastMIM, vit_b16 (6 heads, without its last 3 blocks)"
+    )
+    assert recipes.sizes(recipes.fastmim_p_vit_b()) == "128, 160, 192, 224 px"
+
+
+def test_every_section_of_learning_is_in_the_fingerprint():
+    base = recipes.fastmim_tiny()
+    given = {"mask.block": 8, "target.gaussian_window": 16, "model.drop_last": 1, "data.resample": "bilinear"}
+    given |= {"progress.sizes": [32, 64], "optim.schedule": "multistep", "optim.warmup_lr": 1e-6}
+    prints = [settings.fingerprint(settings.override(base, {key: value}, "")) for key, value in given.items()]
+    assert len({settings.fingerprint(base), *prints}) == 1 + len(given)
 
 
 def test_unknown_recipe_lists_them_and_suggests():

@@ -23,10 +23,10 @@ CASES = BENCH if torch.cuda.is_available() else BENCH_CPU
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
 
 
-def eager(pred: Tensor, img: Tensor, hidden: Tensor, patch: int, norm: bool, kind: str, beta: float) -> Tensor:  # noqa: ARG001
+def eager(pred: Tensor, img: Tensor, hidden: Tensor, patch: int, norm: bool, **_: object) -> Tensor:
     """The usual chain over all patches, weighted by the mask at the end; compact: targets of all patches, then picked.
 
-    Mean squared error only.
+    Mean squared error and pqc order only.
     """
     if img.dtype == torch.uint8:
         img = (img.float() / 255 - MEAN.to(img.device)) / STD.to(img.device)

@@ -9,7 +9,7 @@ words 2a and 2a+1 are area and ratio of attempt a, words 20 and 21 the place, wo
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,21 +22,29 @@ _WORDS = 2 * _ATTEMPTS + 3
 # When shrinking 2 * 3 times or more, Pillow first averages whole blocks of pixels and filters what remains, at least 3
 # times the size asked for: several times faster on large photographs and hardly different from the full filter.
 _REDUCING_GAP = 3.0
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+Filter = Literal["bicubic", "bilinear"]
 
 
 @dataclass(frozen=True)
 class CropConfig:
-    """scale: share of the area, (0.2, 1.0) for MAE. ratio: width / height. flip: mirror half of the samples."""
+    """scale: share of the area, (0.2, 1.0) for MAE. ratio: width / height. flip: mirror half of the samples.
+    filter: of the resampling, both with antialias.
+    """
 
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    filter: Filter = "bicubic"
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             fail("crop", "scale", self.scale, "0 < low <= high <= 1", "it is a share of the area of the image")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             fail("crop", "ratio", self.ratio, "0 < low <= high", "it is width divided by height")
+        if self.filter not in _FILTERS:
+            fail("crop", "filter", repr(self.filter), " or ".join(map(repr, _FILTERS)), "a crop is resampled with it")
 
 
 class Box(NamedTuple):
@@ -75,13 +83,13 @@ def centre_box(width: int, height: int) -> Box:
     return Box((width - side) // 2, (height - side) // 2, side, side)
 
 
-def resample(image: Image.Image, box: Box, size: int, flip: bool, out: np.ndarray) -> None:
-    """Bicubic with antialias from `box` of an RGB image into out, uint8 (3, size, size)."""
+def resample(image: Image.Image, box: Box, size: int, flip: bool, out: np.ndarray, filter: Filter = "bicubic") -> None:
+    """Resample with antialias from `box` of an RGB image into out, uint8 (3, size, size)."""
     edges = (box.left, box.top, box.left + box.width, box.top + box.height)
     if (box.width, box.height) == (size, size):
         square = image.crop(edges)
     else:
-        square = image.resize((size, size), Image.Resampling.BICUBIC, box=edges, reducing_gap=_REDUCING_GAP)
+        square = image.resize((size, size), _FILTERS[filter], box=edges, reducing_gap=_REDUCING_GAP)
     pixels = np.asarray(square)
     out[...] = (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1)
 

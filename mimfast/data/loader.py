@@ -1,7 +1,8 @@
 """Endless batches of random crops, decoded by threads (Pillow releases the interpreter lock while it works).
 
-What a batch holds is a pure function of (source, seed, batch number): the number of workers, the prefetch depth, the
-cache and the number of processes that share the work change only the speed. Resuming is `start=<batches already used>`.
+What a batch holds is a pure function of (source, seed, first sample, size): the number of workers, the prefetch depth,
+the cache and the number of processes that share the work change only the speed. Resuming is
+`start=<samples already used>`.
 B samples of a batch, S side of the crop in pixels.
 """
 
@@ -9,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -112,9 +113,9 @@ def _weight(image: Image.Image) -> int:
 class _Reader:
     """Sample id -> decoded image, through the cache and the list of bad images."""
 
-    def __init__(self, source: Source, min_side: int, cache_bytes: int) -> None:
+    def __init__(self, source: Source, min_side: int, cache_bytes: int, bad: BadImages | None = None) -> None:
         self.source = source
-        self.bad = BadImages()
+        self.bad = BadImages() if bad is None else bad
         self._min_side = min_side
         self._cache = _Cache(cache_bytes)
 
@@ -135,11 +136,23 @@ class _Reader:
 
 
 class _Work(NamedTuple):
-    """A batch being filled. words: int64 (B, W), the random words of each row's crop."""
+    """A batch being filled. words: int64 (B, W), the random words of each row's crop. first: its place in the order of
+    samples, over all processes. reader: the one of its size.
+    """
 
     batch: Batch
     words: np.ndarray
     futures: list[Future]
+    first: int
+    reader: _Reader
+
+
+class Change(NamedTuple):
+    """From sample number `at` of the order on, crops have `size` px and batches `batch_size` samples of one process."""
+
+    at: int
+    size: int
+    batch_size: int
 
 
 class Loader:
@@ -147,8 +160,10 @@ class Loader:
 
     source: where the images come from. size: side S of the crop in pixels. batch_size: samples of one batch of this
     process; the global batch has batch_size * world samples, of which this process takes its `rank`-th run of rows.
-    seed: of order and crops. start: batches already used. workers: decoding threads, 0 decodes in the caller.
-    crop: the random crop. prefetch: batches prepared ahead. cache_bytes: memory for decoded images.
+    seed: of order and crops. start: samples already used, by all processes. workers: decoding threads, 0 decodes in the
+    caller. crop: the random crop. prefetch: batches prepared ahead. cache_bytes: memory for decoded images.
+    changes: other sizes to come, ascending by `at`; one takes effect with the first batch that begins at or after it,
+    so that no sample is lost or repeated, and those before `start` have taken effect already.
 
     An image that cannot be read is put on `bad` and replaced by another one, so that the batch size is constant: the
     replacement depends on (seed, epoch, sample id) only, and `sample_ids` names the image really used.
@@ -169,14 +184,18 @@ class Loader:
         world: int = 1,
         prefetch: int = 2,
         cache_bytes: int = _CACHE_BYTES,
+        changes: Sequence[Change] = (),
     ) -> None:
         _check_arguments(source, size, batch_size, start, workers, rank, world, prefetch)
+        _check_changes(changes)
         philox.check_seed("loader", seed)
         self.source, self.size, self.batch_size, self.seed = source, size, batch_size, seed
         self.rank, self.world, self.workers, self.crop = rank, world, workers, crop
         self.wait_seconds = 0.0  # time the consumer spent blocked in next(), in all
+        self._cache_bytes = cache_bytes
         self._reader = _Reader(source, min_decoded_side(size, crop), cache_bytes)
-        self._next = start  # the next batch to be prepared
+        self._next = start  # the first sample of the next batch to be prepared
+        self._changes = deque(changes)
         self._prefetch = prefetch
         self._queue: deque[_Work] = deque()
         self._pool = ThreadPoolExecutor(workers, "mimfast-loader") if workers else None
@@ -189,8 +208,8 @@ class Loader:
 
     @property
     def position(self) -> int:
-        """The number of the batch that next() gives; as `start` of a new loader it continues there."""
-        return self._next - len(self._queue)
+        """Samples used by the batches given so far; as `start` of a new loader it continues there."""
+        return self._queue[0].first if self._queue else self._next
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -201,11 +220,10 @@ class Loader:
         began = time.perf_counter()
         try:
             while len(self._queue) <= (self._prefetch if self._pool else 0):
-                self._queue.append(self._prepare(self._next))
-                self._next += 1
+                self._queue.append(self._prepare())
             work = self._queue[0]
             if self._pool is None:
-                self._fill(work, 0, self.batch_size)
+                self._fill(work, 0, len(work.words))
             for future in work.futures:
                 future.result()
             self._queue.popleft()
@@ -232,14 +250,25 @@ class Loader:
             if self._pool is not None:
                 self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, number: int) -> _Work:
+    def _change(self) -> None:
+        """Take the size and batch size that hold from the next sample on."""
+        while self._changes and self._changes[0].at <= self._next:
+            _, size, self.batch_size = self._changes.popleft()
+            if size != self.size:
+                # a JPEG may be decoded at a reduced size that depends on the crop's, so decoded images are not shared
+                self.size, side = size, min_decoded_side(size, self.crop)
+                self._reader = _Reader(self.source, side, self._cache_bytes, self._reader.bad)
+
+    def _prepare(self) -> _Work:
         """Lay out a batch and hand it to the threads in runs of rows: several for each, to even out slow images."""
-        first = (number * self.world + self.rank) * self.batch_size
+        self._change()
+        first = self._next + self.rank * self.batch_size
         epochs, ids = sample_at(np.arange(first, first + self.batch_size), len(self.source), self.seed)
         img = torch.empty(self.batch_size, 3, self.size, self.size, dtype=torch.uint8)
         labels = None if self.source.classes is None else torch.empty(self.batch_size, dtype=torch.int64)
         batch = Batch(img, torch.from_numpy(ids), torch.from_numpy(epochs), labels)
-        work = _Work(batch, crop_words(self.seed, epochs, ids), [])
+        work = _Work(batch, crop_words(self.seed, epochs, ids), [], self._next, self._reader)
+        self._next += self.batch_size * self.world
         if self._pool is not None:
             rows = max(1, self.batch_size // (4 * self.workers))
             for a in range(0, self.batch_size, rows):
@@ -251,22 +280,22 @@ class Loader:
         img, ids, epochs = (tensor.numpy() for tensor in work.batch[:3])
         for row in range(first, last):
             planned = int(ids[row])
-            image = self._usable(ids, int(epochs[row]), row)
+            image = self._usable(work.reader, ids, int(epochs[row]), row)
             words = work.words[row]
             if ids[row] != planned:
                 words = crop_words(self.seed, epochs[row : row + 1], ids[row : row + 1])[0]
             box, flip = crop_box(words, image.width, image.height, self.crop)
-            resample(image, box, self.size, flip, img[row])
+            resample(image, box, img.shape[-1], flip, img[row], self.crop.filter)
             if work.batch.labels is not None:
                 work.batch.labels[row] = self.source.label(int(ids[row])) or 0
 
-    def _usable(self, ids: np.ndarray, epoch: int, row: int) -> Image.Image:
+    def _usable(self, reader: _Reader, ids: np.ndarray, epoch: int, row: int) -> Image.Image:
         """The image of ids[row]; when it is bad, ids[row] becomes the id of the replacement."""
-        image = self._reader.image(int(ids[row]))
+        image = reader.image(int(ids[row]))
         if image is not None:
             return image
         for candidate in _replacements(self.seed, epoch, int(ids[row]), len(self.source)):
-            image = self._reader.image(candidate)
+            image = reader.image(candidate)
             if image is not None:
                 ids[row] = candidate
                 return image
@@ -338,3 +367,11 @@ def _check_arguments(
             fail("loader", name, value, f"at least {least}", "a loader cannot work with less")
     if not 0 <= rank < world:
         fail("loader", "rank", rank, f"0 to {world - 1}", f"world is {world}")
+
+
+def _check_changes(changes: Sequence[Change]) -> None:
+    for before, change in zip((Change(0, 1, 1), *changes), changes):
+        if min(change.size, change.batch_size) < 1:
+            fail("loader", "changes", tuple(change), "sizes of at least 1", "a loader cannot work with less")
+        if change.at < before.at:
+            fail("loader", "changes", f"{change.at} after {before.at}", "ascending samples", "they come one by one")

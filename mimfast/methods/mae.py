@@ -3,7 +3,6 @@
 B batch, L patches, C channels, H W pixels, D width, P values per patch
 """
 
-import re
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from mimfast import encoders
 from mimfast._check import fail
 from mimfast.decoders import CrossDecoder, Decoder, ViTDecoder
-from mimfast.encoders.vit import Size
+from mimfast.encoders.inputs import Size
 from mimfast.mask import Mask
+from mimfast.methods.official import flat, use_official_names
 from mimfast.targets import Kind, Pixels, Target
 
 
@@ -35,9 +35,7 @@ class MAE(nn.Module):
         encoders.require_mode("MAE", encoder, "drop")
         _check_pair(encoder, decoder, target, ratio)
         self.encoder, self.decoder, self.target, self.ratio = encoder, decoder, target, ratio
-        self.register_state_dict_post_hook(_to_official_names)
-        self.register_load_state_dict_pre_hook(_from_official_names)
-        self.register_load_state_dict_post_hook(_report_official_names)
+        use_official_names(self, flat, _in_tree)
 
     @classmethod
     def build(
@@ -163,18 +161,8 @@ def _check_pair(encoder: encoders.Encoder, decoder: Decoder, target: Target, rat
         fail("MAE", "ratio", ratio, "at least one visible patch", f"int({tokens} * (1 - {ratio})) = 0")
 
 
-def _official(name: str) -> str:
-    """Official flat name of a name in the module tree; others (a target's) stay."""
-    if name.startswith("encoder."):
-        return name.removeprefix("encoder.")
-    if name.startswith("decoder."):
-        own = name.removeprefix("decoder.")
-        return own if own == "mask_token" else f"decoder_{own}"
-    return name
-
-
 def _in_tree(name: str) -> str:
-    """The inverse of `_official`; names of the module tree stay."""
+    """The inverse of `flat`; names of the module tree stay."""
     if name.startswith(("encoder.", "decoder.", "target.")):
         return name
     if name == "mask_token":
@@ -182,23 +170,3 @@ def _in_tree(name: str) -> str:
     if name.startswith("decoder_"):
         return f"decoder.{name.removeprefix('decoder_')}"
     return f"encoder.{name}"
-
-
-def _to_official_names(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
-    for key in [k for k in state if k.startswith(prefix)]:
-        # every key is taken out and put back, so that the order stays that of the modules
-        state[prefix + _official(key.removeprefix(prefix))] = state.pop(key)
-
-
-def _from_official_names(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for key in [k for k in state if k.startswith(prefix)]:
-        state[prefix + _in_tree(key.removeprefix(prefix))] = state.pop(key)
-
-
-def _report_official_names(_module: nn.Module, incompatible: Any) -> None:
-    # torch gives whole paths and no prefix; names inside an encoder or decoder hold neither word: the last one is ours
-    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
-        for i, key in enumerate(keys):
-            found = re.fullmatch(r"(.*\.)?((?:encoder|decoder)\..*)", key)
-            if found:
-                keys[i] = (found[1] or "") + _official(found[2])

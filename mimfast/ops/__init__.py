@@ -4,6 +4,8 @@ Each op is one file with the name of its function. The functions are bound here,
 `mimfast.ops.<op>` would otherwise leave the *module* under the name of the function.
 """
 
+from mimfast.ops.hog import hog
+from mimfast.ops.local_norm import local_norm
 from mimfast.ops.mask_blockwise import mask_blockwise
 from mimfast.ops.mask_guided import mask_guided
 from mimfast.ops.mask_pack import mask_pack
@@ -16,6 +18,8 @@ from mimfast.ops.short_attention import short_attention
 from mimfast.ops.window_attention import window_attention
 
 __all__ = [
+    "hog",
+    "local_norm",
     "mask_blockwise",
     "mask_guided",
     "mask_pack",

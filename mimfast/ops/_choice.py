@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -101,11 +102,29 @@ def why_not_verified(op: str, impl: str) -> str | None:
 
 @cache
 def source_hash(op: str, impl: str) -> str | None:
-    """sha256 of what `impl` is built from: kernels/<op>.py for Triton, the compiled csrc files for the native ones."""
+    """sha256 of what `impl` is built from.
+
+    For Triton kernels/<op>.py and those it imports, ordered by name; for the native ones the compiled csrc files.
+    """
     if impl == "triton":
-        path = PACKAGE / "kernels" / f"{op}.py"
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+        names = sorted(_kernel_files(op, set()))
+        return (
+            hashlib.sha256(b"".join(_kernel_file(name).read_bytes() for name in names)).hexdigest() if names else None
+        )
     return _native.source_hash(op) if impl in ("cuda", "cpu") else None
+
+
+def _kernel_file(name: str) -> Path:
+    return PACKAGE / "kernels" / f"{name}.py"
+
+
+def _kernel_files(name: str, known: set[str]) -> set[str]:
+    """`known` with kernels/<name>.py, where there is one, and all of the folder that it imports, directly or not."""
+    if name not in known and _kernel_file(name).exists():
+        known.add(name)
+        for other in re.findall(r"^from mimfast\.kernels\.(\w+) import", _kernel_file(name).read_text(), re.MULTILINE):
+            _kernel_files(other, known)
+    return known
 
 
 def status(op: str) -> list[Status]:

@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from mimfast import __version__, layouts, probe
 from mimfast._check import UserError
+from mimfast._images import IMAGENET_MEAN, IMAGENET_STD
 from mimfast._weights import write_atomically
 from mimfast.data.cpu import default_workers
 from mimfast.data.sources import Source
 from mimfast.probe import Probe
 from mimfast.recipes import Recipe
-from mimfast.report import curve, page, reconstruct, sheet
+from mimfast.report import curve, gradients, losses, page, reconstruct, sheet
+from mimfast.report.gradients import Gradients
+from mimfast.report.losses import Losses
 from mimfast.report.reconstruct import LINEAR, MEAN, MODEL, NEAREST, Reconstruction, psnr
+from mimfast.targets import HOG, Pixels
 from mimfast.train.metrics import read
 from mimfast.train.screen import Screen, clock
 
@@ -71,18 +76,17 @@ def conclude(facts: Facts, method: Any, train: Source, held_out: Source, device:
         method.eval()
         screen.say("measuring on held-out images")
         workers = default_workers() if recipe.data.workers is None else recipe.data.workers
-        # without a hidden patch there is nothing to predict
-        result = reconstruct.score(method, held_out, recipe, device, workers) if recipe.mask.ratio > 0 else None
+        found = _predictions(method, train, held_out, recipe, device, workers)
         probed = probe.run(method, train, held_out, recipe, device, workers) if recipe.data.labels else None
         method.train()
-        tables = [_reconstruction_table(result, recipe)] if result is not None else []
+        tables = [found.table] if found is not None else []
         tables += [_probe_table(probed)] if probed is not None else []
-        _write_results(out, result, probed)
+        _write_results(out, found, probed)
         lines = read(out / "metrics.jsonl")
         points = [(line["step"], line["loss"]) for line in lines]
-        picture = sheet.draw(*result.shown) if result is not None else None
-        if picture is not None:
-            write_atomically(out / "reconstruction.png", lambda path: picture.save(path, "PNG"))
+        picture = found.picture if found is not None else None
+        if found is not None and picture is not None:
+            write_atomically(out / f"{found.name}.png", lambda path: picture.save(path, "PNG"))
         graph = curve.draw(points, f"{recipe.run.name}: training loss")
         write_atomically(out / "loss.png", lambda path: graph.save(path, "PNG"))
         text = page.render(facts, tables, picture, curve.svg(points), lines, versions())
@@ -101,6 +105,71 @@ def conclude(facts: Facts, method: Any, train: Source, held_out: Source, device:
             f"({facts.bad[0][1]})"
         )
     screen.say(f"\n{facts.steps} steps in {clock(facts.seconds)}; everything is in {out}, open {out / 'report.html'}")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was predicted on held-out images: a name for the files, what results.json says, table and picture."""
+
+    name: str
+    result: dict[str, Any]
+    table: Table
+    picture: Image.Image | None
+
+
+def _predictions(
+    method: Any, train: Source, held_out: Source, recipe: Recipe, device: torch.device, workers: int
+) -> _Found | None:
+    """Measure the predictions in the way of the method's target; None when nothing is hidden."""
+    if recipe.mask.ratio == 0:
+        return None
+    if isinstance(method.target, HOG):
+        hog = gradients.score(method, train, held_out, recipe, device, workers)
+        picture = sheet.draw_hog(*hog.shown, _paint(method))
+        return _Found("hog", _numbers(hog), _hog_table(hog, recipe), picture)
+    if isinstance(method.target, Pixels):
+        pixels = reconstruct.score(method, held_out, recipe, device, workers)
+        table = _reconstruction_table(pixels, recipe)
+        return _Found("reconstruction", _numbers(pixels), table, sheet.draw(*pixels.shown))
+    loss = losses.score(method, held_out, recipe, device, workers)
+    return _Found("loss", _numbers(loss), _loss_table(loss, recipe), None)
+
+
+def _numbers(result: Reconstruction | Gradients | Losses) -> dict[str, Any]:
+    return {key: value for key, value in vars(result).items() if key != "shown"}
+
+
+def _paint(method: Any) -> tuple[int, int, int] | None:
+    """The colour of hidden blocks in 0..255 where the method has one of its own."""
+    token = getattr(method, "mask_token", None)
+    if token is None or token.shape != (1, 3, 1, 1):
+        return None
+    colour = token.detach().float().cpu().flatten() * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)
+    red, green, blue = (colour.clamp(0, 1) * 255).round().int().tolist()
+    return red, green, blue
+
+
+def _hog_table(result: Gradients, recipe: Recipe) -> Table:
+    names = (gradients.MODEL, gradients.MEAN, gradients.NEAREST, gradients.ZERO)
+    model = result.mse[gradients.MODEL]
+    rows = [[name, f"{result.mse[name]:.5f}", f"{model / result.mse[name]:.3f}"] for name in names]
+    worse = [name for name in names[1:] if not model < result.mse[name]]
+    notes = [
+        "The model beats all three guesses." if not worse else f"The model does not beat: {', '.join(worse)}.",
+        f"Held-out images: {result.images}, each in {result.views} crops with masks of its own, "
+        f"{result.images * result.views} in all; histograms of the hidden cells, {100 * recipe.mask.ratio:g} % hidden.",
+    ]
+    return Table("HOG of held-out images", ["guess of the hidden blocks", "MSE", "model / guess"], rows, notes)
+
+
+def _loss_table(result: Losses, recipe: Recipe) -> Table:
+    rows = [[name, f"{value:.5f}"] for name, value in result.loss.items()]
+    notes = [
+        f"The target's own loss over hidden patches of {result.images} held-out images in {result.views} crops each, "
+        f"{100 * recipe.mask.ratio:g} % hidden. Its values cannot be drawn as pixels: the statistics they lack are "
+        "those of hidden pixels too."
+    ]
+    return Table("Loss on held-out images", ["guess of the hidden patches", "loss"], rows, notes)
 
 
 def _reconstruction_table(result: Reconstruction, recipe: Recipe) -> Table:
@@ -140,10 +209,10 @@ def _probe_table(probed: Probe) -> Table:
     return Table("What labels find in the features", ["features", "k-NN", "linear probe"], rows, notes)
 
 
-def _write_results(out: Path, result: Reconstruction | None, probed: Probe | None) -> None:
+def _write_results(out: Path, found: _Found | None, probed: Probe | None) -> None:
     results: dict[str, Any] = {}
-    if result is not None:
-        results["reconstruction"] = {"mse": result.mse, "images": result.images, "views": result.views}
+    if found is not None:
+        results[found.name] = found.result
     if probed is not None:
         results["probe"] = asdict(probed)
     write_atomically(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from mimfast.recipes import describe
+from mimfast.recipes import describe, sizes
 from mimfast.settings import to_toml
 from mimfast.train.screen import clock
 
@@ -68,7 +68,7 @@ def render(
     recipe = facts.recipe
     parts = [
         f"<h1>{_text(recipe.run.name)}</h1>",
-        f"<p>{_text(describe(recipe))}, {recipe.model.img_size} px, trained on {_text(recipe.data.path)}: "
+        f"<p>{_text(describe(recipe))}, {sizes(recipe)}, trained on {_text(recipe.data.path)}: "
         f"{facts.train_images} images, {facts.held_out_images} more held out.</p>",
         _numbers(facts, lines),
     ]
@@ -77,7 +77,7 @@ def render(
         parts += [f"<p>{_text(note)}</p>" for note in table.notes]
     if sheet is not None:
         parts += ["<h2>Held-out images, hidden and predicted</h2>", _picture(sheet)]
-        parts += ["<p>The prediction is pasted with the visible patches.</p>"]
+        parts += ["<p>Where the encoder saw the image, the prediction shows the original.</p>"]
     parts += ["<h2>Loss</h2>", curve, _bad(facts.bad)]
     parts += [
         "<details open><summary>Versions</summary>",
@@ -95,10 +95,11 @@ def render(
 
 
 def _numbers(facts: "Facts", lines: list[dict[str, Any]]) -> str:
+    batches = facts.recipe.progress.batch_sizes or [facts.recipe.optim.batch_size]
     cells = [
         ("steps", f"{facts.steps:,}"),
         ("training time", clock(facts.seconds)),
-        ("images per step", f"{facts.recipe.optim.batch_size:,}"),
+        ("images per step", ", ".join(f"{n:,}" for n in dict.fromkeys(batches))),
     ]
     if lines:
         # the first interval holds the start-up

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimfast._images import IMAGENET_MEAN, IMAGENET_STD, normalize, per_channel
-from mimfast.data.crop import CropConfig
-from mimfast.data.loader import Loader
-from mimfast.data.sources import Source, Subset
+from mimfast.data.sources import Source
 from mimfast.mask import Mask
 from mimfast.recipes import Recipe
-from mimfast.targets import Pixels
+from mimfast.report import views
+from mimfast.report.views import KEPT
 
 MODEL, MEAN, NEAREST, LINEAR = (
     "model",
@@ -25,8 +24,6 @@ MODEL, MEAN, NEAREST, LINEAR = (
     "nearest visible patch's mean colour",
     "linear interpolation",
 )
-# of this many views the pictures are kept, for the sheet
-KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -63,34 +60,25 @@ def score(method: Any, held_out: Source, recipe: Recipe, device: torch.device, w
         device: where the method is.
         workers: loader threads.
     """
-    import numpy as np
-
-    count = min(len(held_out), recipe.score.images)
-    chosen = Subset(held_out, np.linspace(0, len(held_out) - 1, count).round().astype(np.int64))
-    crop = CropConfig(recipe.data.crop_scale, recipe.data.crop_ratio, recipe.data.flip)
     total = dict.fromkeys((MODEL, MEAN, NEAREST, LINEAR), 0.0)
     pictures: list[tuple[Tensor, Tensor, Tensor]] = []
-    # a batch is one view of up to 32 images; an epoch of the loader shows every image once
-    batch = next(n for n in range(min(count, 32), 0, -1) if count % n == 0)
-    batches = recipe.score.views * (count // batch)
-    with Loader(chosen, recipe.model.img_size, batch, recipe.train.seed, workers=workers, crop=crop) as loader:
-        for _ in range(batches):
-            img, ids, epochs, _labels = next(loader)
-            img, ids, epochs = img.to(device), ids.to(device), epochs.to(device)
-            mask = method.sample_mask(len(ids), sample_ids=ids, seed=recipe.train.seed, epoch=epochs, device=device)
-            real = img.float() / 255
-            hidden_B1HW = over_pixels(mask, img.shape[-2:])
-            guesses = {MODEL: predict_pixels(method, img, mask), **fills(real, mask)}
-            for name, guess in guesses.items():
-                wrong = (guess - real).square() * hidden_B1HW
-                total[name] += float(wrong.sum() / (3 * hidden_B1HW.sum())) / batches
-            if sum(len(part[0]) for part in pictures) < KEPT:
-                order = ids.argsort()
-                pasted = torch.where(hidden_B1HW, guesses[MODEL], real)
-                hidden_BRC = mask.hidden.view(-1, *mask.grid)
-                pictures.append((real[order].cpu(), pasted[order].cpu(), hidden_BRC[order].cpu()))
+    batches = 0
+    for img, ids, mask in views.masked(method, held_out, recipe, device, workers):
+        real = img.float() / 255
+        hidden_B1HW = over_pixels(mask, img.shape[-2:])
+        guesses = {MODEL: predict_pixels(method, img, mask), **fills(real, mask)}
+        for name, guess in guesses.items():
+            wrong = (guess - real).square() * hidden_B1HW
+            total[name] += float(wrong.sum() / (3 * hidden_B1HW.sum()))
+        batches += 1
+        if sum(len(part[0]) for part in pictures) < KEPT:
+            order = ids.argsort()
+            pasted = torch.where(hidden_B1HW, guesses[MODEL], real)
+            hidden_BRC = mask.hidden.view(-1, *mask.grid)
+            pictures.append((real[order].cpu(), pasted[order].cpu(), hidden_BRC[order].cpu()))
+    total = {name: value / batches for name, value in total.items()}
     originals, pasteds, hiddens = (torch.cat(parts)[:KEPT] for parts in zip(*pictures))
-    return Reconstruction(total, count, recipe.score.views, (originals, pasteds, hiddens))
+    return Reconstruction(total, views.count(held_out, recipe), recipe.score.views, (originals, pasteds, hiddens))
 
 
 def over_pixels(mask: Mask, size: tuple[int, int] | torch.Size) -> Tensor:
@@ -108,7 +96,10 @@ def predict_pixels(method: Any, img: Tensor, mask: Mask) -> Tensor:
     """
     patches_BLP = _patches(normalize(img), mask.grid)
     pred_BLP = method.predict(img, mask).float()
-    if isinstance(method.target, Pixels) and method.target.norm:
+    if method.target.order == "cpq":
+        side = method.target.patch
+        pred_BLP = pred_BLP.unflatten(-1, (3, side, side)).movedim(2, -1).flatten(2)
+    if method.target.norm:
         stats_BLS = torch.stack([patches_BLP.mean(-1), patches_BLP.std(-1)], dim=-1)
         mean_BL1, std_BL1 = interpolate(stats_BLS, mask).split(1, dim=-1)
         pred_BLP = pred_BLP * std_BL1 + mean_BL1

@@ -24,11 +24,12 @@ class Case(NamedTuple):
     )
     ratio: float = 0.75
     hidden: str = "map"  # or "compact" (predictions of the hidden patches only, beside their indices)
+    order: str = "pqc"
 
     def __str__(self) -> str:
         norm = "norm" if self.norm else "plain"
         size = f"{self.batch}x{self.height}x{self.width}/{self.patch}"
-        return f"{size}-{self.pred}-{self.img}-{self.kind}-{norm}-{self.layout}-{self.hidden}"
+        return f"{size}-{self.pred}-{self.img}-{self.kind}-{norm}-{self.layout}-{self.hidden}-{self.order}"
 
 
 # every kind x norm x type of prediction and image on one tiny shape, then layouts, then odd sizes, then compact ones
@@ -60,6 +61,17 @@ CASES += [
     Case(1, 32, 32, 16, "fp32", "fp32", ratio=0.5, hidden="compact"), Case(0, 8, 12, 4),
     Case(0, 8, 8, 4, hidden="compact"),
 ]  # fmt: skip
+CASES += [
+    Case(2, 8, 12, 4, pred, img, kind, norm, hidden=hidden, order="cpq")
+    for pred, img, kind, norm, hidden in (
+        ("fp32", "uint8", "l1", False, "map"), ("bf16", "uint8", "mse", True, "compact"),
+        ("fp16", "fp32", "smooth_l1", True, "map"),
+    )
+]  # fmt: skip
+CASES += [
+    Case(2, 28, 14, 14, layout="channels_last", order="cpq"), Case(1, 32, 64, 32, layout="cropped", order="cpq"),
+    Case(1, 32, 16, 16, "bf16", "fp32", order="cpq"),
+]  # fmt: skip
 BENCH = [Case(b, 224, 224, 16, "bf16", img) for b in (64, 256) for img in ("uint8", "bf16")]
 BENCH += [Case(256, 224, 224, 16, "bf16", "uint8", hidden="compact")]
 BENCH_CPU = [Case(64, 224, 224, 16, "fp32", img, hidden=h) for h in ("map", "compact") for img in ("fp32", "uint8")]
@@ -77,6 +89,7 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
         "patch": case.patch,
         "norm": case.norm,
         "kind": case.kind,
+        "order": case.order,
         "beta": 0.7,
     }
 

@@ -39,3 +39,10 @@ def tiny_recipe(data: Path | str, out: Path | str, **train: int | float | str) -
         score=Score(views=2),
         run=Run(name="tiny", out=str(out), tensorboard=False),
     )
+
+
+def tiny_fastmim(data: Path | str, out: Path | str, **train: int | float | str) -> Recipe:
+    """As `tiny_recipe`, with FastMIM over a ViT of 8 px patches on 32 px."""
+    recipe = tiny_recipe(data, out, **train)
+    model = Model("fastmim", "vit", 32, 8, 16, 1, 2, decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    return replace(recipe, model=model, target=Target())

@@ -5,7 +5,6 @@ logging interval late.
 What a run learns is a pure function of its recipe: order, crops and masks are addressed by (seed, epoch, sample id).
 """
 
-import math
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -19,8 +18,7 @@ from mimfast import recipes, report, settings
 from mimfast._check import UserError
 from mimfast._weights import write_atomically
 from mimfast.data.cpu import default_workers, usable_cpus
-from mimfast.data.crop import CropConfig
-from mimfast.data.loader import Batch, Loader
+from mimfast.data.loader import Batch, Change, Loader
 from mimfast.data.sources import Source, open_source, split
 from mimfast.recipes import Recipe
 from mimfast.train import checkpoint, folder, parallel
@@ -29,6 +27,7 @@ from mimfast.train.optim import guarded_step, make_optimizer, set_lr
 from mimfast.train.recolour import recolour
 from mimfast.train.schedule import lr_at
 from mimfast.train.screen import Screen
+from mimfast.train.stages import Course, Stage, check_shares, course_of, try_sizes
 from mimfast.train.stop import Stop
 
 # steps in a row without a finite gradient after which a run gives up
@@ -57,11 +56,16 @@ class _Job:
     optimizer: torch.optim.AdamW
     meter: Meter
     images: int
-    steps: int
+    course: Course
     step: int = 0
     seconds: float = 0.0
     saved_step: int = -1
     bad_before: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Length of the run."""
+        return self.course.steps
 
     def bad(self, loader: Loader) -> list[tuple[str, str]]:
         """(name, reason) of every unreadable image of this run, those before an interruption included."""
@@ -94,23 +98,24 @@ def _pretrain(recipe: Recipe, resume: bool, world: parallel.World, screen: Scree
     if world.device.type == "cpu":
         _set_threads(spare=1)
     train, held_out = _open(recipe)
-    if recipe.optim.batch_size % world.size:
-        raise UserError(
-            f"pretrain: optim.batch_size has {recipe.optim.batch_size}, expected a multiple of {world.size} because "
-            f"{world.size} processes share it"
-        )
+    course = course_of(recipe, len(train))
+    check_shares(recipe, course, world.size)
     torch.manual_seed(recipe.train.seed)
     # built before the folder is claimed, so that a network that cannot be built leaves nothing behind
-    method = recipes.build(recipe).to(world.device)
+    method: Any = recipes.build(recipe).to(world.device)
+    optimizer = make_optimizer(
+        method, recipe.optim.betas, recipe.optim.weight_decay, getattr(method, "no_decay", frozenset())
+    )
+    if recipe.progress.sizes:
+        try_sizes(method, course, world.device)
     claim, recipe = _claim(recipe, resume, world)
     try:
-        optimizer = make_optimizer(method, recipe.optim.betas, recipe.optim.weight_decay)
-        out, steps = Path(str(recipe.run.out)), _steps(recipe, len(train))
-        job = _Job(recipe, world, screen, out, method, optimizer, Meter(world), len(train), steps)
+        out = Path(str(recipe.run.out))
+        job = _Job(recipe, world, screen, out, method, optimizer, Meter(world), len(train), course)
         if resume:
             _restore(job)
         if claim is not None:
-            claim.mark("running", job.step, steps)
+            claim.mark("running", job.step, job.steps)
         return _run(job, claim, train, held_out)
     finally:
         if claim is not None:
@@ -120,9 +125,13 @@ def _pretrain(recipe: Recipe, resume: bool, world: parallel.World, screen: Scree
 def _run(job: _Job, claim: folder.Claim | None, train: Source, held_out: Source) -> Outcome:
     recipe, world = job.recipe, job.world
     workers = recipe.data.workers if recipe.data.workers is not None else _workers(world)
-    crop = CropConfig(recipe.data.crop_scale, recipe.data.crop_ratio, recipe.data.flip)
-    batch, size, seed = recipe.optim.batch_size // world.size, recipe.model.img_size, recipe.train.seed
-    with Loader(train, size, batch, seed, job.step, workers, crop, world.rank, world.size) as loader:
+    crop = recipes.crop(recipe)
+    first, *later = [Change(s.sample, s.img_size, s.batch_size // world.size) for s in job.course.stages]
+    start = job.course.samples(job.step)
+    with Loader(
+        train, first.size, first.batch_size, recipe.train.seed, start, workers, crop, world.rank, world.size,
+        changes=later,
+    ) as loader:  # fmt: skip
         _introduce(job, train, held_out)
         with Stop() as stop:
             _loop(job, loader, stop)
@@ -162,12 +171,6 @@ def _open(recipe: Recipe) -> tuple[Source, Source]:
     return source, held_out
 
 
-def _steps(recipe: Recipe, images: int) -> int:
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    return max(1, math.ceil((recipe.train.epochs or 0) * images / recipe.optim.batch_size))
-
-
 def _claim(recipe: Recipe, resume: bool, world: parallel.World) -> tuple[folder.Claim | None, Recipe]:
     """The first rank takes the folder and writes the resolved configuration; all learn its name."""
     claim = None
@@ -189,12 +192,13 @@ def _claim(recipe: Recipe, resume: bool, world: parallel.World) -> tuple[folder.
 def _introduce(job: _Job, train: Source, held_out: Source) -> None:
     recipe, world = job.recipe, job.world
     weights = sum(p.numel() for p in job.method.parameters())
+    batches = ", ".join(map(str, dict.fromkeys(stage.batch_size for stage in job.course.stages)))
     where = f"{world.size} x {world.device.type}" if world.size > 1 else str(world.device)
     say = job.screen.say
     say(f"{recipe.run.name}: {recipe.data.path}, {len(train)} images to train on, {len(held_out)} held out")
     say(
-        f"{recipes.describe(recipe)}, {weights / 1e6:.2f} M parameters; {recipe.model.img_size} px, "
-        f"{100 * recipe.mask.ratio:g} % hidden; {job.steps} steps of {recipe.optim.batch_size}, "
+        f"{recipes.describe(recipe)}, {weights / 1e6:.2f} M parameters; {recipes.sizes(recipe)}, "
+        f"{100 * recipe.mask.ratio:g} % hidden; {job.steps} steps of {batches}, "
         f"{'bf16' if _bf16(job) else 'fp32'} on {where}"
     )
     say(f"run folder: {job.folder}" + (f", continued from step {job.step}" if job.step else ""))
@@ -203,9 +207,9 @@ def _introduce(job: _Job, train: Source, held_out: Source) -> None:
 def _loop(job: _Job, loader: Loader, stop: Stop) -> None:
     recipe = job.recipe
     optim, train = recipe.optim, recipe.train
-    peak = recipes.peak_lr(recipe)
     model: Any = job.world.wrap(job.method)
-    model = torch.compile(model) if train.compile else model
+    # each stage gets code for its own size
+    model = torch.compile(model, dynamic=False if recipe.progress.sizes else None) if train.compile else model
     params = [p for p in job.method.parameters() if p.requires_grad]
     log = Log(job.folder, recipe.run.tensorboard, job.step) if job.world.first else None
     began, saved = time.monotonic() - job.seconds, time.monotonic()
@@ -214,7 +218,8 @@ def _loop(job: _Job, loader: Loader, stop: Stop) -> None:
     stopping = False
     while job.step < job.steps and not stopping:
         batch = next(loader)
-        lr = lr_at(job.step, job.steps, peak, optim.min_lr, optim.warmup)
+        stage = job.course.at(job.step)
+        lr = _lr(job, stage)
         set_lr(job.optimizer, lr)
         job.optimizer.zero_grad(set_to_none=True)
         loss = _loss(job, model, batch)
@@ -222,13 +227,13 @@ def _loop(job: _Job, loader: Loader, stop: Stop) -> None:
         norm, skipped = guarded_step(job.optimizer, params, optim.clip)
         job.step += 1
         job.seconds = time.monotonic() - began
-        job.meter.add(loss, norm, skipped, optim.batch_size)
+        job.meter.add(loss, norm, skipped, stage.batch_size)
         job.screen.step(job.step)
         # a single process stops at once; several agree through the sums of a logging interval
         stopping = job.world.size == 1 and stop.signal is not None
         if job.step % train.log_every == 0 or job.step == job.steps:
             job.meter.wait_s, waited = loader.wait_seconds - waited, loader.wait_seconds
-            line = job.meter.flush(_about(job, loader, lr), stop.signal is not None)
+            line = job.meter.flush(_about(job, loader, stage, lr), stop.signal is not None)
             stopping = _show(job, log, line) or stopping
         if _due(job, saved) and not stopping:
             _show(job, log, job.meter.take())
@@ -241,12 +246,19 @@ def _loop(job: _Job, loader: Loader, stop: Stop) -> None:
         log.close()
 
 
+def _lr(job: _Job, stage: Stage) -> float:
+    optim, step = job.recipe.optim, job.course.clock(job.step)
+    peak = recipes.peak_lr(job.recipe, stage.batch_size)
+    return lr_at(step, job.steps, peak, optim.min_lr, optim.warmup, optim.warmup_lr, optim.schedule, optim.milestones)
+
+
 def _loss(job: _Job, model: Any, batch: Batch) -> Tensor:
     device = job.world.device
     img, ids, epochs = (_move(tensor, device) for tensor in (batch.img, batch.sample_ids, batch.epochs))
     seed = job.recipe.train.seed
     img = recolour(img, ids, epochs, seed, job.recipe.data.recolour)
-    mask = job.method.sample_mask(len(ids), sample_ids=ids, seed=seed, epoch=epochs, device=device)
+    live = {"img_size": img.shape[-1]} if job.recipe.progress.sizes else {}
+    mask = job.method.sample_mask(len(ids), sample_ids=ids, seed=seed, epoch=epochs, device=device, **live)
     with torch.autocast(device.type, torch.bfloat16, enabled=_bf16(job)):
         return model(img, mask)
 
@@ -262,13 +274,13 @@ def _bf16(job: _Job) -> bool:
     return wanted == "bf16"
 
 
-def _about(job: _Job, loader: Loader, lr: float) -> dict[str, Any]:
-    batch_size = job.recipe.optim.batch_size
+def _about(job: _Job, loader: Loader, stage: Stage, lr: float) -> dict[str, Any]:
     return {
         "step": job.step,
-        "epoch": job.step * batch_size / job.images,
+        "epoch": job.course.samples(job.step) / job.images,
         "lr": lr,
-        "batch_size": batch_size,
+        "img_size": stage.img_size,
+        "batch_size": stage.batch_size,
         "seconds": round(job.seconds, 3),
         "bad_images": len(job.bad(loader)),
     }
@@ -284,7 +296,7 @@ def _show(job: _Job, log: Log | None, line: dict[str, Any] | None) -> bool:
             log.write(line)
         except OSError as error:
             job.screen.warn(f"metrics.jsonl misses step {line['step']}: {error.strerror or error}")
-    job.screen.line(line, job.steps)
+    job.screen.line(line, job.steps, job.course.work_left(line["step"]))
     if line["skipped_in_a_row"] >= HOPELESS:
         raise UserError(
             f"pretrain: the gradient has {line['skipped_in_a_row']} steps in a row that are not finite, up to step "

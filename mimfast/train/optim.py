@@ -1,20 +1,22 @@
 """AdamW with MAE's decay groups, and a step that the device itself skips when the gradient is not finite."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
 
 
-def make_optimizer(module: nn.Module, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(
+    module: nn.Module, betas: tuple[float, float], weight_decay: float, no_decay: Container[str] = ()
+) -> torch.optim.AdamW:
     """Fused AdamW in two groups: one-dimensional parameters and biases without decay, all others with it.
 
-    As in MAE's code the class and mask tokens, which are three-dimensional, are decayed. The learning rate starts at
-    0 and is set every step by `set_lr`.
+    As in MAE's code the class and mask tokens, which are three-dimensional, are decayed, unless `no_decay` names them.
+    The learning rate starts at 0 and is set every step by `set_lr`.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias")]
-    decayed = [p for name, p in named if not (p.ndim <= 1 or name.endswith(".bias"))]
+    plain = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias") or name in no_decay]
+    decayed = [p for name, p in named if not (p.ndim <= 1 or name.endswith(".bias") or name in no_decay)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, fused=True)
 

@@ -62,9 +62,12 @@ class Screen:
         if self._live is not None:
             self._move(step)
 
-    def line(self, line: dict[str, Any], steps: int) -> None:
-        """Show one line of metrics."""
-        numbers = "  ".join(_numbers(line, steps))
+    def line(self, line: dict[str, Any], steps: int, left: float | None = None) -> None:
+        """Show one line of metrics. left: images still to come, in units of the work of a present one; None: as many
+        as the present batch size gives.
+        """
+        left = (steps - line["step"]) * line["batch_size"] if left is None else left
+        numbers = "  ".join(_numbers(line, left))
         if self._live is not None:
             self._write(numbers)
         else:
@@ -93,16 +96,15 @@ class Screen:
             self.say(note, "dim")
 
 
-def _numbers(line: dict[str, Any], steps: int) -> list[str]:
+def _numbers(line: dict[str, Any], left: float) -> list[str]:
     rate = line["images_per_second"]
-    left = (steps - line["step"]) * line["batch_size"] / rate if rate else math.nan
     numbers = [
         f"loss {line['loss']:.4f}",
         f"{rate:.0f} img/s",
         f"data-wait {100 * line['data_wait']:.0f} %",
         f"lr {line['lr']:.1e}",
         f"mem {line['memory'] / 2**30:.2f} GiB",
-        f"eta {clock(left)}",
+        f"eta {clock(left / rate if rate else math.nan)}",
     ]
     more = {"skipped steps": line["skipped"], "bad images": line["bad_images"]}
     return numbers + [f"{name} {count}" for name, count in more.items() if count]

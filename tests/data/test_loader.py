@@ -12,7 +12,7 @@ from mimfast._check import UserError
 from mimfast.data import loader as loader_module
 from mimfast.data.crop import CropConfig
 from mimfast.data.decode import decode
-from mimfast.data.loader import BadImages, Loader, load_all
+from mimfast.data.loader import BadImages, Change, Loader, load_all
 from mimfast.data.order import sample_at
 from mimfast.data.sources import Folder
 from mimfast.testing.images import encode, noise, odd_images, picture, write_folder
@@ -107,11 +107,57 @@ def test_crops_change_from_epoch_to_epoch_but_not_with_the_batch_size(small):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_is_one_integer(source, workers):
     whole = take(source, 12, workers=workers)
-    assert_same(whole[5:], take(source, 7, start=5, workers=workers))
+    assert_same(whole[5:], take(source, 7, start=5 * 12, workers=workers))
     with Loader(source, 24, 12, 3, workers=workers) as loader:
         for _ in range(5):
             next(loader)
-        assert loader.position == 5
+        assert loader.position == 5 * 12
+
+
+CHANGES = (Change(36, 16, 6), Change(60, 32, 12))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_change_of_size_neither_loses_nor_repeats_a_sample(source, workers):
+    batches = take(source, 10, workers=workers, changes=CHANGES)
+    assert [tuple(batch.img.shape) for batch in batches] == [
+        *3 * [(12, 3, 24, 24)], *4 * [(6, 3, 16, 16)], *3 * [(12, 3, 32, 32)],
+    ]  # fmt: skip
+    at_one_size = take(source, 8)
+    for field in (1, 2, 3):
+        assert torch.equal(*(torch.cat([batch[field] for batch in run]) for run in (batches, at_one_size)))
+    # a size alone decides the pixels of a sample, whatever came before
+    assert_same(batches[3:7], take(source, 4, size=16, batch_size=6, start=36))
+    assert_same(batches[7:], take(source, 3, size=32, start=60))
+
+
+@pytest.mark.parametrize("done", [1, 3, 4, 7, 9])
+def test_resume_before_at_and_after_a_change(source, done):
+    whole = take(source, 12, changes=CHANGES)
+    start = sum(len(batch.img) for batch in whole[:done])
+    assert_same(whole[done:], take(source, 12 - done, start=start, workers=2, changes=CHANGES))
+    with Loader(source, 24, 12, 3, changes=CHANGES) as loader:
+        for _ in range(done):
+            next(loader)
+        assert loader.position == start
+
+
+def test_processes_share_the_batches_across_a_change(source):
+    halves = [Change(at, size, batch // 2) for at, size, batch in CHANGES]
+    alone = take(source, 10, changes=CHANGES)
+    ranks = [take(source, 10, batch_size=6, rank=rank, world=2, changes=halves) for rank in range(2)]
+    for step, whole in enumerate(alone):
+        assert_same([whole], [[torch.cat(fields) for fields in zip(*(rank[step] for rank in ranks))]])
+
+
+def test_bad_images_stay_known_across_a_change(source):
+    with Loader(source, 24, 12, 3, changes=[Change(3 * len(source) // 12 * 12, 16, 12)]) as loader:
+        for _ in range(3 * len(source) // 12):
+            next(loader)
+        before = loader.bad.items()
+        assert before
+        next(loader)
+        assert loader.bad.items() == before
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -315,6 +361,8 @@ def test_load_all_without_labels_or_images(small, tmp_path):
         ({"prefetch": -1}, "loader: prefetch has -1"),
         ({"rank": 2, "world": 2}, "loader: rank has 2, expected 0 to 1 because world is 2"),
         ({"seed": -5}, "loader: seed has -5"),
+        ({"changes": [Change(4, 0, 2)]}, r"loader: changes has \(4, 0, 2\), expected sizes of at least 1"),
+        ({"changes": [Change(4, 8, 2), Change(3, 8, 2)]}, "loader: changes has 3 after 4, expected ascending"),
     ],
 )
 def test_wrong_arguments(small, options, message):

@@ -49,6 +49,23 @@ def test_auto_passes_over_what_is_not_verified(verified):
     assert why_not_verified("blur", "triton") == "its sources changed since bench/results/a.json was made"
 
 
+def test_what_a_kernel_imports_is_part_of_it(verified):
+    shared, other = (_choice.PACKAGE / "kernels" / f"{name}.py" for name in ("shared", "deeper"))
+    shared.write_text("import os\nfrom mimfast.kernels.deeper import x\n")
+    other.write_text("from mimfast.kernels.shared import y\n")
+    hashes = []
+    for text in ("first", "from mimfast.kernels.shared import (", "from mimfast.kernels.absent import z"):
+        verified(text)
+        hashes.append(_choice.source_hash("blur", "triton"))
+    verified("from mimfast.kernels.shared import (")
+    assert _choice.source_hash("blur", "triton") == hashes[1]
+    other.write_text("changed")
+    _choice.source_hash.cache_clear()
+    hashes.append(_choice.source_hash("blur", "triton"))
+    assert len(set(hashes)) == 4
+    assert _choice.source_hash("absent", "triton") is None
+
+
 def test_auto_never_takes_the_interpreter(verified, monkeypatch):  # noqa: ARG001
     assert why_not_auto("blur", "triton") is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -5,11 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mimfast._check import UserError
 from mimfast._images import normalize
-from mimfast.ops.pixel_loss import IMPLS, KINDS, pixel_loss, pixel_loss_ref
+from mimfast.ops.pixel_loss import IMPLS, KINDS, ORDERS, pixel_loss, pixel_loss_ref
 from mimfast.testing import assert_close_to_ref, poisoned, skip_unless
 from mimfast.testing.pixel_loss import CASES, Case, in_full, make
 
@@ -31,21 +32,27 @@ def test_value_and_gradient(case, impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_agrees_with_the_formula_written_out(kind, norm, impl, device):
+def test_agrees_with_the_formula_written_out(kind, norm, order, impl, device):
     skip_unless(impl, device)
-    args = make(SMALL._replace(kind=kind, norm=norm), device)
+    args = make(SMALL._replace(kind=kind, norm=norm, order=order), device)
     got = pixel_loss(**args, impl=impl).item()
     assert got == pytest.approx(formula(**args), rel=1e-5)
 
 
-def formula(pred: Tensor, img: Tensor, hidden: Tensor, patch: int, norm: bool, kind: str, beta: float) -> float:
+def formula(
+    pred: Tensor, img: Tensor, hidden: Tensor, patch: int, norm: bool, kind: str, order: str, beta: float
+) -> float:  # fmt: skip
     """MAE section 3 pixel by pixel, in Python floats."""
     img, cols, losses = normalize(img, dtype=torch.float64), img.shape[3] // patch, []
     for b, token in hidden.nonzero().tolist():
         top, left = token // cols * patch, token % cols * patch
-        t = [img[b, c, top + y, left + x].item() for y in range(patch) for x in range(patch) for c in range(3)]
+        y_x_c = [(y, x, c) for y in range(patch) for x in range(patch) for c in range(3)]
+        if order == "cpq":
+            y_x_c = [(y, x, c) for c in range(3) for y in range(patch) for x in range(patch)]
+        t = [img[b, c, top + y, left + x].item() for y, x, c in y_x_c]
         if norm:
             mean = sum(t) / len(t)
             var = sum((v - mean) ** 2 for v in t) / (len(t) - 1)
@@ -55,6 +62,20 @@ def formula(pred: Tensor, img: Tensor, hidden: Tensor, patch: int, norm: bool, k
         f = {"mse": [v * v for v in d], "l1": d, "smooth_l1": smooth}[kind]
         losses.append(sum(f) / len(f))
     return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("hidden", ["map", "compact"])
+def test_colour_major_rows_are_what_pixel_shuffle_takes(hidden, impl, device):
+    skip_unless(impl, device)
+    args = make(SMALL._replace(hidden=hidden, order="cpq", kind="l1", norm=False, ratio=1.0), device)
+    if hidden == "compact":
+        args["hidden"] = args["hidden"].sort(-1).values
+    map_BDhw = args["pred"].mT.unflatten(2, (2, 3))
+    want = (F.pixel_shuffle(map_BDhw, 4) - normalize(args["img"])).abs().mean()
+    loss, (grad,) = _loss_and_grad(args, impl)
+    torch.testing.assert_close(loss, want.detach())
+    torch.testing.assert_close(grad, torch.autograd.grad(want, args["pred"])[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,7 +270,7 @@ def test_contract(case, impl, device):
     skip_unless(impl, device)
     args = make(case, device)
     pred, img, hidden = args["pred"].detach(), args["img"], args["hidden"]
-    config = (4, True, "mse", [0.5, 0.4, 0.3], [0.2, 0.2, 0.3], 1e-6, 1.0)
+    config = (4, True, "mse", "cpq", [0.5, 0.4, 0.3], [0.2, 0.2, 0.3], 1e-6, 1.0)
     for grad in (True, False):
         torch.library.opcheck(torch.ops.mimfast.pixel_loss_fwd, (pred, img, hidden, *config, grad, impl))
     count, upstream = torch.tensor(6, device=device), torch.tensor(0.5, device=device)
@@ -337,6 +358,7 @@ BAD = [
     ({"hidden": torch.zeros(2, 6)}, r"hidden has dtype float32, expected bool or int64 because"),
     ({"patch": 0}, r"patch has 0, expected 1 or more because"),
     ({"kind": "huber"}, r"kind has 'huber', expected 'mse' or 'l1' or 'smooth_l1' because"),
+    ({"order": "cqp"}, r"order has 'cqp', expected 'pqc' or 'cpq' because a row has its colours last or first"),
     ({"beta": 0.0}, r"beta has 0.0, expected a number above 0 because"),
     ({"impl": "cuda"}, r"impl has 'cuda', expected one of 'auto', 'triton', 'cpu', 'ref' because"),
     (

@@ -23,3 +23,12 @@ def test_half_way_down_the_cosine_is_half_the_rate():
 @pytest.mark.parametrize("warmup", [0.0, 1e-9, 0.5, 1.0])
 def test_one_step_moves_the_weights(warmup):
     assert lr_at(0, 1, 1.0, warmup=warmup) == pytest.approx(1.0)
+
+
+def test_multistep_is_constant_between_milestones():
+    rates = [lr_at(step, 8, 1.0, warmup=0.25, schedule="multistep", milestones=(0.5, 0.875)) for step in range(8)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 0.1, 0.1, 0.1, 0.01])
+
+
+def test_the_warm_up_may_begin_above_zero():
+    assert [lr_at(step, 10, 1.0, warmup=0.4, start=0.2) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
