@@ -305,7 +305,8 @@ PYBIND11_MODULE(_core, m) {
            py::arg("shift"), py::arg("roll_first"), py::arg("scale"), py::arg("mask"), py::arg("grad"),
            py::arg("grad_stride"), py::arg("out"), py::arg("d_qkv"), py::arg("d_table"), py::arg("d_bias"),
            py::arg("d_head_scale"));
-  m.def("window_attention_cpu", &mimfast::window_attention_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  m.def("window_attention_cpu", &mimfast::window_attention_cpu, py::arg("call"), py::arg("threads"),
+        py::arg("lanes") = 16, release_gil());
 
   py::class_<mimfast::LocalNorm>(m, "LocalNorm", py::module_local(), "One call, as in csrc/local_norm.h.")
       .def(py::init(&make_local_norm), py::kw_only(), py::arg("img"), py::arg("img_uint8"), py::arg("stride"),

@@ -33,7 +33,7 @@ struct WindowAttention {
   float* d_head_scale;  // [h], or null
 };
 
-// with d_qkv null the forward, else the backward
-void window_attention_cpu(const WindowAttention& call, int threads);
+// with d_qkv null the forward, else the backward; on vectors of at most `lanes` floats, 16 being the most there are
+void window_attention_cpu(const WindowAttention& call, int threads, int lanes);
 
 }  // namespace mimfast

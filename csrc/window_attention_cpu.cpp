@@ -150,20 +150,21 @@ namespace wide4 {
 }  // namespace wide4
 
 template <typename T>
-void run(const WindowAttention& call, const Map& map, const Plan& plan, std::atomic<int64_t>& free_item) {
+void run(const WindowAttention& call, const Map& map, const Plan& plan, int most, std::atomic<int64_t>& free_item) {
 #if defined(MIMFAST_X86)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
+  if (most >= 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
     return wide16::run_items<T>(call, map, plan, free_item);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+  if (most >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return wide8::run_items<T>(call, map, plan, free_item);
 #endif
+  static_cast<void>(most);
   wide4::run_items<T>(call, map, plan, free_item);
 }
 
 }  // namespace
 
-void window_attention_cpu(const WindowAttention& call, int threads) {
+void window_attention_cpu(const WindowAttention& call, int threads, int lanes) {
   const Map map(call);
   const Plan plan(call, map);
   const int64_t n = int64_t{call.window[0]} * call.window[1], products = plan.chunk * n * n * call.head;
@@ -171,9 +172,9 @@ void window_attention_cpu(const WindowAttention& call, int threads) {
   std::atomic<int64_t> free_item{0};
   parallel_for(plan.items, kProductsPerThread / products + 1, threads, [&](int64_t, int64_t) {
     if (call.bf16)
-      run<Bfloat16>(call, map, plan, free_item);
+      run<Bfloat16>(call, map, plan, lanes, free_item);
     else
-      run<float>(call, map, plan, free_item);
+      run<float>(call, map, plan, lanes, free_item);
   });
   for (int64_t h = 0; h < call.heads; ++h) {
     int64_t index = 0;

