@@ -2,7 +2,7 @@
 
 Swin, arXiv:2103.14030; mode "replace": SimMIM, arXiv:2111.09886; mode "paint": FastMIM, arXiv:2212.06593. State-dict
 names are those of the official code, whose buffers are left out and timm's names understood when weights are loaded.
-B batch, H W sides in pixels, L tokens of a map, C width, V windows of a map, n tokens of a window
+B batch, H W sides in pixels or tokens, L tokens of a map, C width
 """
 
 import copy
@@ -21,9 +21,10 @@ from mimfast.encoders.linear import linear
 from mimfast.encoders.paint import cell_of, check_image, checked_colour, paint
 from mimfast.encoders.swin_names import official_names
 from mimfast.encoders.tables import geometric_resize
-from mimfast.encoders.windows import relative_index, shift_mask, window_attend, window_of
+from mimfast.encoders.windows import window_of
 from mimfast.mask import Mask
 from mimfast.ops.patch_unshuffle import patch_unshuffle
+from mimfast.ops.window_attention import window_attention
 
 EPS = 1e-5  # of every layer norm
 PATCH = 4
@@ -38,11 +39,10 @@ class Place(NamedTuple):
 
 
 class Wiring(NamedTuple):
-    """What the blocks of a stage share in one forward: (n, n) rows of the bias table, (V, n, n) mask of the shift."""
+    """What the blocks of a stage share in one forward."""
 
     place: Place
-    rows: Tensor
-    mask: Tensor | None
+    group: Tensor | None = None  # (H, W) or (B, H, W): a token sees only those with its number
 
 
 class PatchEmbed(PatchEmbedVisible):
@@ -79,15 +79,15 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, wiring: Wiring, shifted: bool, add: Tensor | None = None) -> Tensor:
         """(B, L, C) in image order; `add` is a residual for the result."""
-        (size, window, shift), mask = wiring.place, wiring.mask if shifted else None
+        size, window, shift = wiring.place
         qkv = linear(x, self.qkv.weight, self.qkv.bias).unflatten(1, size)
-        y = window_attend(qkv, self.bias(wiring), window, shift if shifted else 0, self.heads, mask)
+        table, shift = self.table(window), shift if shifted else 0
+        y = window_attention(qkv, table, window, shift, self.heads, group=wiring.group)
         return linear(y.flatten(1, 2), self.proj.weight, self.proj.bias, add)
 
-    def bias(self, wiring: Wiring) -> Tensor:
-        """(heads, n, n), from the table resized to the window in use."""
-        table = geometric_resize(self.relative_position_bias_table, self.window, wiring.place.window)
-        return table[wiring.rows].permute(2, 0, 1)
+    def table(self, window: int) -> Tensor:
+        """((2 window - 1)^2, heads): the bias of each offset, resized to the window in use."""
+        return geometric_resize(self.relative_position_bias_table, self.window, window)
 
 
 class SwinBlock(nn.Module):
@@ -142,10 +142,9 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        rows = relative_index(place.window, x.device)
-        mask = shift_mask(*place, x.device) if place.shift and len(self.blocks) > 1 else None
-        wiring = Wiring(place, rows, mask)
+    def forward(self, x: Tensor, place: Place, group: Tensor | None = None) -> Tensor:
+        """(B, L, C) in image order to (B, L / 4, 2 C), or (B, L, C) from the last stage."""
+        wiring = Wiring(place, group)
         for j, block in enumerate(self.blocks):
             x = block(x, wiring, bool(place.shift and j % 2))
         return x if self.downsample is None else self.downsample(x, place.size)

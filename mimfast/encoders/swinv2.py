@@ -16,7 +16,7 @@ from mimfast._check import fail
 from mimfast.encoders.inputs import Size
 from mimfast.encoders.linear import linear
 from mimfast.encoders.swin import EPS, Swin, SwinBlock, Wiring, four
-from mimfast.encoders.windows import window_attend
+from mimfast.encoders.windows import relative_index, shift_mask, window_attend
 
 MAX_LOG_SCALE = log(100)
 CPB_HIDDEN = 512
@@ -47,7 +47,8 @@ class CosineAttention(nn.Module):
 
     def forward(self, x: Tensor, wiring: Wiring, shifted: bool) -> Tensor:
         """(B, L, C) in image order."""
-        (size, window, shift), mask = wiring.place, wiring.mask if shifted else None
+        size, window, shift = wiring.place
+        mask = shift_mask(size, window, shift, x.device) if shifted else None
         bias_3C = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = linear(x, self.qkv.weight, bias_3C)
         with torch.autocast(x.device.type, enabled=False):
@@ -73,7 +74,7 @@ class CosineAttention(nn.Module):
         at = at.sign() * (at.abs() + 1).log2() / 3
         table_tt2 = torch.stack(torch.meshgrid(at, at, indexing="ij"), -1)
         table_RN = self.cpb_mlp(table_tt2.to(weight.dtype)).flatten(0, 1)
-        return 16 * table_RN[wiring.rows].sigmoid().permute(2, 0, 1)
+        return 16 * table_RN[relative_index(w, table_RN.device)].sigmoid().permute(2, 0, 1)
 
 
 class SwinV2Block(SwinBlock):

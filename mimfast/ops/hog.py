@@ -195,7 +195,9 @@ def _check_layout(img: Tensor, cell: int, stride: int | None, hidden: Tensor | N
             fail(op, "stride", None, "the side of a token in pixels", "hidden names tokens")
         because = "rows are picked by index; mask_pack turns a bool map into indices"
         check_dtype(op, "hidden", hidden, (torch.int64,), because)
-        check_shape(op, "hidden", hidden, (len(img), None), f"it holds one row of indices for each of {len(img)} images")
+        check_shape(
+            op, "hidden", hidden, (len(img), None), f"it holds one row of indices for each of {len(img)} images"
+        )
         check_same_device(op, img=img, hidden=hidden)
 
 
