@@ -223,8 +223,11 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
 def _method_rules(recipe: Recipe) -> list[_Rule]:
     """Rules against settings that a method would not look at."""
     model, mask, target, method = recipe.model, recipe.mask, recipe.target, recipe.model.method
-    masked = "mae" if method == "mae" else "maskfeat" if method == "maskfeat" else ""
-    whats = {"mae": ("pixels",), "fastmim": ("hog", "pixels"), "simmim": ("pixels", "local"), "maskfeat": ("hog",)}
+    masked = method if method in ("mae", "maskfeat", "mixmim") else ""
+    whats = {
+        "mae": ("pixels",), "fastmim": ("hog", "pixels"), "simmim": ("pixels", "local"), "maskfeat": ("hog",),
+        "mixmim": ("pixels",),
+    }  # fmt: skip
     predicts = whats[method] if target.what is None else (target.what,)
     rules: list[_Rule] = [
         (
@@ -249,7 +252,9 @@ def _method_rules(recipe: Recipe) -> list[_Rule]:
     ]
     for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
         bare = getattr(model, name) is None
-        rules.append((method in ("mae", "fastmim") or bare, f"model.{name}", "none", f"{method} has no decoder"))
+        rules.append(
+            (method not in ("simmim", "maskfeat") or bare, f"model.{name}", "none", f"{method} has no decoder")
+        )
     return rules
 
 
@@ -285,7 +290,12 @@ def _schedule_rules(recipe: Recipe) -> list[_Rule]:
     return [
         *rules,
         (all(size > 0 for size in sizes), "progress.sizes", "positive numbers", "they are sides of crops in pixels"),
-        (model.method != "mae", "progress.sizes", "none", "MAE's encoder sees one size; fastmim follows a schedule"),
+        (
+            model.method not in ("mae", "mixmim"),
+            "progress.sizes",
+            "none",
+            f"{'MAE' if model.method == 'mae' else model.method}'s encoder sees one size; fastmim follows a schedule",
+        ),
         (model.img_size == sizes[-1], "model.img_size", str(sizes[-1]), "it is the last of progress.sizes"),
         (len(batches) in (0, count), "progress.batch_sizes", f"{count} numbers or none", f"there are {count} stages"),
         (all(batch > 0 for batch in batches), "progress.batch_sizes", "1 or more", "a step needs images"),

@@ -175,6 +175,7 @@ class Swin(nn.Module):
     """
 
     prefix = 0
+    own_modes = frozenset({"paint"})
     mask_token: nn.Parameter | None
     # published, and "nano" for a CPU
     sizes: Mapping[str, dict[str, Any]] = {
@@ -206,7 +207,7 @@ class Swin(nn.Module):
         self.img_size, self.grid, self.places = self._sizes(img_size)
         self.patch_embed = PatchEmbed(embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if mask_token else None
-        self.mask_modes = frozenset({"paint", "replace"} if mask_token else {"paint"})
+        self.mask_modes = self.own_modes | ({"replace"} if mask_token else set())
         self.layers = nn.ModuleList(self._stage(i) for i in range(len(depths)))
         self.norm = nn.LayerNorm(self.dim, eps=EPS)
         self._init()
@@ -281,9 +282,12 @@ class Swin(nn.Module):
         Raises:
             UserError: an image, a mask or a colour that does not fit; a mode that is not offered.
         """
-        x = self._embed(img, mask, mode, colour)
-        for stage, place in zip(self.layers, self.places):
-            x = stage(x, place)
+        return self._stages(self._embed(img, mask, mode, colour))
+
+    def _stages(self, x: Tensor, groups: Sequence[Tensor | None] | None = None) -> Tensor:
+        """(B, L, C) in image order to (B, T, dim); `groups` has one map of group ids for each stage."""
+        for stage, place, group in zip(self.layers, self.places, groups or [None] * len(self.places)):
+            x = stage(x, place, group)
         return self.norm(x)
 
     def _embed(self, img: Tensor, mask: Mask | None, mode: str, colour: Tensor | None) -> Tensor:
@@ -326,12 +330,14 @@ class Swin(nn.Module):
             if side < self.stride or side % self.stride:
                 because = f"{len(self.depths)} stages halve a map of {PATCH} px patches down to {self.stride} px"
                 fail(self.name, "img_size", side, f"a multiple of {self.stride}", because)
-        window = min(height, width) // self.stride if self.window is None else self.window
-        places = []
-        for i in range(len(self.depths)):
-            size = (height // PATCH >> i, width // PATCH >> i)
-            places.append(Place(size, *window_of(self.name, size, window)))
-        return (height, width), (height // self.stride, width // self.stride), places
+        last = (height // self.stride, width // self.stride)
+        return (height, width), last, self._places((height // PATCH, width // PATCH), last)
+
+    def _places(self, size: tuple[int, int], last: tuple[int, int]) -> list[Place]:
+        """Where each stage works, of the sizes of the first and the last map in tokens."""
+        window = min(last) if self.window is None else self.window
+        maps = [(size[0] >> i, size[1] >> i) for i in range(len(self.depths))]
+        return [Place(map_size, *window_of(self.name, map_size, window)) for map_size in maps]
 
 
 def _check_stages(op: str, embed_dim: int, depths: Sequence[int], heads: Sequence[int]) -> None:

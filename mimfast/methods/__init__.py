@@ -3,6 +3,7 @@
 from mimfast.methods.fastmim import FastMIM as FastMIM
 from mimfast.methods.mae import MAE as MAE
 from mimfast.methods.maskfeat import MaskFeat as MaskFeat
+from mimfast.methods.mixmim import MixMIM as MixMIM
 from mimfast.methods.simmim import SimMIM as SimMIM
 
-__all__ = ["MAE", "FastMIM", "MaskFeat", "SimMIM"]
+__all__ = ["MAE", "FastMIM", "MaskFeat", "MixMIM", "SimMIM"]

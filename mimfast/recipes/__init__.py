@@ -22,6 +22,8 @@ from mimfast.recipes.mae import mae_vit_b as mae_vit_b
 from mimfast.recipes.mae import mae_vit_h as mae_vit_h
 from mimfast.recipes.mae import mae_vit_l as mae_vit_l
 from mimfast.recipes.maskfeat import maskfeat_vit_b as maskfeat_vit_b
+from mimfast.recipes.mixmim import mixmim_b as mixmim_b
+from mimfast.recipes.mixmim import mixmim_tiny as mixmim_tiny
 from mimfast.recipes.sections import Data as Data
 from mimfast.recipes.sections import Masking as Masking
 from mimfast.recipes.sections import Model as Model
@@ -46,9 +48,10 @@ RECIPES = (
     *(fastmim_tiny, fastmim_vit_b, fastmim_swin_b, fastmim_pvtv2_b2, fastmim_p_vit_b),
     *(simmim_tiny, simmim_vit_b, simmim_swin_b),
     maskfeat_vit_b,
+    *(mixmim_tiny, mixmim_b),
 )
 
-_METHODS = {"mae": "MAE", "fastmim": "FastMIM", "simmim": "SimMIM", "maskfeat": "MaskFeat"}
+_METHODS = {"mae": "MAE", "fastmim": "FastMIM", "simmim": "SimMIM", "maskfeat": "MaskFeat", "mixmim": "MixMIM"}
 
 
 def by_name(name: str) -> Recipe:
@@ -124,6 +127,7 @@ def build(recipe: Recipe) -> "nn.Module":
         },
         "simmim": {"block": block, "target": target.what, "drop_path": model.drop_path},
         "maskfeat": {"gaussian_window": target.gaussian_window},
+        "mixmim": {"norm": target.norm, **decoder},
     }[model.method]
     # what the recipe leaves open is the method's to choose
     chosen = {name: value for name, value in {**sizes, **given}.items() if value is not None}
