@@ -223,10 +223,10 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
 def _method_rules(recipe: Recipe) -> list[_Rule]:
     """Rules against settings that a method would not look at."""
     model, mask, target, method = recipe.model, recipe.mask, recipe.target, recipe.model.method
-    masked = method if method in ("mae", "maskfeat", "mixmim") else ""
+    masked = method if method in ("mae", "maskfeat", "mixmim", "greenmim") else ""
     whats = {
         "mae": ("pixels",), "fastmim": ("hog", "pixels"), "simmim": ("pixels", "local"), "maskfeat": ("hog",),
-        "mixmim": ("pixels",),
+        "mixmim": ("pixels",), "greenmim": ("pixels",),
     }  # fmt: skip
     predicts = whats[method] if target.what is None else (target.what,)
     rules: list[_Rule] = [
@@ -291,7 +291,7 @@ def _schedule_rules(recipe: Recipe) -> list[_Rule]:
         *rules,
         (all(size > 0 for size in sizes), "progress.sizes", "positive numbers", "they are sides of crops in pixels"),
         (
-            model.method not in ("mae", "mixmim"),
+            model.method not in ("mae", "mixmim", "greenmim"),
             "progress.sizes",
             "none",
             f"{'MAE' if model.method == 'mae' else model.method}'s encoder sees one size; fastmim follows a schedule",

@@ -67,6 +67,7 @@ def test_small_recipes_of_other_methods_build_and_step(name):
         (recipes.simmim_swin_b, 4e-4, 10, (0.9, 0.999), 5.0),
         (recipes.maskfeat_vit_b, 1.6e-3, 30, (0.9, 0.999), 0.02),
         (recipes.mixmim_b, 1.2e-3, 40, (0.9, 0.95), None),
+        (recipes.greenmim_swin_b, 2.4e-3, 40, (0.9, 0.95), None),
     ],
 )
 def test_official_rates(make, peak, warmup, betas, clip):
@@ -111,6 +112,7 @@ def test_an_official_fastmim_has_the_published_shapes():
         ("simmim", {"target.norm": False, "model.decoder_depth": 2}, "model.decoder_depth has 2, expected none"),
         ("maskfeat", {"target.norm": False}, "target.norm has False, expected True"),
         ("maskfeat", {"mask.block": 16}, "mask.block has 16, expected none because maskfeat has masks of its own kind"),
+        ("greenmim", {"mask.block": 32}, "mask.block has 32, expected none because greenmim has masks of its own kind"),
         ("mixmim", {"mask.block": 32}, "mask.block has 32, expected none because mixmim has masks of its own kind"),
         (
             "mixmim",

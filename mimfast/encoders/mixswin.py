@@ -18,7 +18,8 @@ from mimfast.encoders.block import init_mae
 from mimfast.encoders.inputs import Size
 from mimfast.encoders.paint import cell_of
 from mimfast.encoders.positions import sincos_2d
-from mimfast.encoders.swin import Place, Swin
+from mimfast.encoders.swin import Swin
+from mimfast.encoders.visible import Place
 from mimfast.encoders.windows import window_of
 from mimfast.mask import Mask
 

@@ -93,7 +93,7 @@ class PatchMergingV2(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim, eps=EPS)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
         return self.norm(linear(four(x, size), self.reduction.weight))
 
 
@@ -111,6 +111,8 @@ class SwinV2(Swin):
     Raises:
         UserError: stages, heads, sizes or windows that do not fit.
     """
+
+    own_modes = frozenset({"paint"})
 
     def __init__(
         self,

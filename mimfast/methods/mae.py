@@ -137,6 +137,8 @@ def _check_pair(encoder: encoders.Encoder, decoder: Decoder, target: Target, rat
             encoder.dim,
             f"the encoder's tokens are {encoder.dim} wide",
         )
+    if encoder.prefix != 1:
+        fail("MAE", "encoder", f"{encoder.prefix} class tokens", 1, "its decoder begins with it; GreenMIM takes a Swin")
     if getattr(encoder, "mask_token", None) is not None:
         reason = "mode 'drop' never uses it, and the official name mask_token is the decoder's"
         fail("MAE", "encoder", "a mask_token", "none", reason)

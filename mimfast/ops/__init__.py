@@ -4,6 +4,7 @@ Each op is one file with the name of its function. The functions are bound here,
 `mimfast.ops.<op>` would otherwise leave the *module* under the name of the function.
 """
 
+from mimfast.ops.group_plan import group_plan
 from mimfast.ops.hog import hog
 from mimfast.ops.local_norm import local_norm
 from mimfast.ops.mask_blockwise import mask_blockwise
@@ -18,6 +19,7 @@ from mimfast.ops.short_attention import short_attention
 from mimfast.ops.window_attention import window_attention
 
 __all__ = [
+    "group_plan",
     "hog",
     "local_norm",
     "mask_blockwise",

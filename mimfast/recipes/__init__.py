@@ -14,6 +14,8 @@ from mimfast.recipes.fastmim import fastmim_pvtv2_b2 as fastmim_pvtv2_b2
 from mimfast.recipes.fastmim import fastmim_swin_b as fastmim_swin_b
 from mimfast.recipes.fastmim import fastmim_tiny as fastmim_tiny
 from mimfast.recipes.fastmim import fastmim_vit_b as fastmim_vit_b
+from mimfast.recipes.greenmim import greenmim_swin_b as greenmim_swin_b
+from mimfast.recipes.greenmim import greenmim_tiny as greenmim_tiny
 from mimfast.recipes.mae import mae_cifar as mae_cifar
 from mimfast.recipes.mae import mae_digits as mae_digits
 from mimfast.recipes.mae import mae_photos as mae_photos
@@ -49,9 +51,17 @@ RECIPES = (
     *(simmim_tiny, simmim_vit_b, simmim_swin_b),
     maskfeat_vit_b,
     *(mixmim_tiny, mixmim_b),
+    *(greenmim_tiny, greenmim_swin_b),
 )
 
-_METHODS = {"mae": "MAE", "fastmim": "FastMIM", "simmim": "SimMIM", "maskfeat": "MaskFeat", "mixmim": "MixMIM"}
+_METHODS = {
+    "mae": "MAE",
+    "fastmim": "FastMIM",
+    "simmim": "SimMIM",
+    "maskfeat": "MaskFeat",
+    "mixmim": "MixMIM",
+    "greenmim": "GreenMIM",
+}
 
 
 def by_name(name: str) -> Recipe:
@@ -128,6 +138,7 @@ def build(recipe: Recipe) -> "nn.Module":
         "simmim": {"block": block, "target": target.what, "drop_path": model.drop_path},
         "maskfeat": {"gaussian_window": target.gaussian_window},
         "mixmim": {"norm": target.norm, **decoder},
+        "greenmim": {"norm": target.norm, **decoder},
     }[model.method]
     # what the recipe leaves open is the method's to choose
     chosen = {name: value for name, value in {**sizes, **given}.items() if value is not None}

@@ -8,7 +8,7 @@ from typing import Literal
 class Model:
     """The network."""
 
-    method: Literal["mae", "fastmim", "simmim", "maskfeat", "mixmim"] = "mae"
+    method: Literal["mae", "fastmim", "simmim", "maskfeat", "mixmim", "greenmim"] = "mae"
     """Pre-training method."""
     encoder: str = "vit_b16"
     """Encoder by name: vit_ti16, vit_s16, vit_b16, vit_l16, vit_h14, vit_micro4 and more, or vit with free sizes;
@@ -25,9 +25,10 @@ class Model:
     heads: int | None = None
     """Encoder attention heads; none: what the encoder's name says."""
     decoder_dim: int | None = None
-    """Decoder width; none: the method's own, 512 for mae and mixmim, 256 for fastmim."""
+    """Decoder width; none: the method's own, 512 for mae, mixmim and greenmim, 256 for fastmim."""
     decoder_depth: int | None = None
-    """Decoder blocks; none: the method's own, 8 for mae and mixmim, 1 (ViT) or 4 for fastmim."""
+    """Decoder blocks; none: the method's own, 8 for mae and mixmim, 1 for greenmim, 1 (ViT) or 4 for
+    fastmim."""
     decoder_heads: int | None = None
     """Decoder attention heads; none: the method's own, 16 for mae, heads of 32 channels for others."""
     drop_path: float = 0.0

@@ -42,6 +42,15 @@ CASES = {
         "MixSwin",
         "reconstruction",
     ),
+    "greenmim": (
+        {
+            "model": Model("greenmim", "swin_nano", 128, decoder_dim=32),
+            "target": Target(norm=False),
+            "mask": Masking(0.5),
+        },
+        "Swin",
+        "reconstruction",
+    ),
     "growing swin": (
         {"model": Model("fastmim", "swin_nano", 96), "mask": Masking(block=32), "progress": Progress((64, 96))},
         "Swin",
