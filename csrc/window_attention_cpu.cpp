@@ -77,7 +77,7 @@ struct Partial {
 
 struct Plan {
   int64_t windows, chunk, items, offsets;
-  std::vector<float> table;  // [h, O], times log2(e); empty without a table
+  std::vector<float> table;  // [h, O]; empty without a table
   std::vector<float> sums;   // [items, width]: table, bias, scale
   int64_t head3;             // 3 * d
   bool with_table, with_bias, with_scale;
@@ -90,7 +90,7 @@ struct Plan {
     head3 = int64_t{3} * call.head;
     if (call.table != nullptr)
       for (int64_t h = 0; h < call.heads; ++h)
-        for (int64_t o = 0; o < offsets; ++o) table.push_back(call.table[o * call.heads + h] * kLog2e);
+        for (int64_t o = 0; o < offsets; ++o) table.push_back(call.table[o * call.heads + h]);
     with_table = call.d_table != nullptr;
     with_bias = call.d_bias != nullptr;
     with_scale = call.d_qkv != nullptr && call.head_scale != nullptr;

@@ -8,6 +8,9 @@ struct Tokens {
   std::vector<int64_t> y, x;  // [n]
 };
 
+constexpr int64_t kRun =
+    32;  // keys that are added up one by one; longer sums are made of such sums, for their rounding
+
 // what one thread works with; rows are multiples of kLanes values
 struct Scratch {
   int64_t keys, pitch, blocks;  // n; d and n / kBlock, rounded up
@@ -15,7 +18,7 @@ struct Scratch {
   float *rows, *d_k, *d_v;      // [kBlock, pitch] of a block of queries, [n, pitch]
   float *turned, *turned_grad;  // [pitch, kBlock]
   float *probs, *d_scores;      // [n, kBlock], one row per key; probs without their division by the sum in the forward
-  float *bias, *d_bias;         // [blocks, n, kBlock], of the present head; bias is times log2(e)
+  float *bias, *d_bias;         // [blocks, n, kBlock], of the present head
   float* inverse;               // [kBlock], 1 / sum of a query
   float *q_size, *k_size;       // [n], cosine form: 1 / norm, or 0 where the norm is
   float* labels;                // [blocks * kBlock], regions of the rolled map
@@ -80,11 +83,11 @@ MIMFAST_LANE_FN void put(const float* __restrict from, float factor, T* __restri
   for (; c < d; ++c) narrow(from[c] * factor, to[c]);
 }
 
-MIMFAST_LANE_FN float dot(const float* a, const float* b, int64_t pitch) {
+MIMFAST_LANE_FN double dot(const float* a, const float* b, int64_t pitch) {
   Vec sum = {};
   for (int64_t c = 0; c < pitch; c += kLanes) sum += load(a + c) * load(b + c);
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += sum[i];
+  double total = 0.0;
+  for (int i = 0; i < kLanes; ++i) total += static_cast<double>(sum[i]);
   return total;
 }
 
@@ -169,18 +172,20 @@ MIMFAST_LANE_FN void scatter(const Rows<T>& rows, const Scratch& s, int64_t head
 
 // rows over their norms; a row without a norm has no gradient
 MIMFAST_LANE_FN void normalize(float* rows, float* size, const Scratch& s) {
-  constexpr float kSmallest = 1e-12f;
+  constexpr double kSmallest = 1e-12;
   for (int64_t i = 0; i < s.keys; ++i, rows += s.pitch) {
-    const float norm = std::sqrt(dot(rows, rows, s.pitch)), factor = 1.0f / std::max(norm, kSmallest);
+    const double norm = std::sqrt(dot(rows, rows, s.pitch));
+    const float factor = static_cast<float>(1.0 / std::max(norm, kSmallest));
     size[i] = norm < kSmallest ? 0.0f : factor;
     for (int64_t c = 0; c < s.pitch; c += kLanes) store(rows + c, load(rows + c) * factor);
   }
 }
 
 // from the gradient of a row over its norm to that of the row, in place; returns their product
-MIMFAST_LANE_FN float through_norm(const float* row, float size, float* d, int64_t pitch) {
-  const float along = dot(row, d, pitch);
-  for (int64_t c = 0; c < pitch; c += kLanes) store(d + c, (load(d + c) - load(row + c) * along) * size);
+MIMFAST_LANE_FN double through_norm(const float* row, float size, float* d, int64_t pitch) {
+  const double along = dot(row, d, pitch);
+  for (int64_t c = 0; c < pitch; c += kLanes)
+    store(d + c, (load(d + c) - load(row + c) * static_cast<float>(along)) * size);
   return along;
 }
 
@@ -196,7 +201,7 @@ MIMFAST_TARGET void softmax(const WindowAttention& call, Scratch& s, float facto
     label[v] = load(s.labels + query + v * kLanes);
     std::memcpy(&id[v], s.ids.data() + query + v * kLanes, sizeof(Ints));
   }
-  const float mask = call.mask * kLog2e;
+  const float mask = call.mask;
   for (int64_t j = 0; j < s.keys; ++j)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
@@ -209,31 +214,44 @@ MIMFAST_TARGET void softmax(const WindowAttention& call, Scratch& s, float facto
       store(scores + j * kBlock + v * kLanes, x);
       top[v] = larger(x, top[v]);
     }
-  for (int64_t j = 0; j < s.keys; ++j)
+  for (int64_t first = 0; first < s.keys; first += kRun) {
+    Vec part[NV] = {};
+    for (int64_t j = first; j < std::min(first + kRun, s.keys); ++j)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      const Vec e = exp2_of(load(scores + j * kBlock + v * kLanes) - top[v]);
-      store(scores + j * kBlock + v * kLanes, e);
-      sum[v] += e;
-    }
+      for (int v = 0; v < NV; ++v) {
+        const Vec e = exp2_of((load(scores + j * kBlock + v * kLanes) - top[v]) * kLog2e);
+        store(scores + j * kBlock + v * kLanes, e);
+        part[v] += e;
+      }
+    for (int v = 0; v < NV; ++v) sum[v] += part[v];
+  }
   for (int v = 0; v < NV; ++v) store(inverse + v * kLanes, 1.0f / sum[v]);
 }
 
 // exponentials to probabilities, gradients of probabilities to those of scores, and these onto the gradient of the bias
 template <int NV>
 MIMFAST_TARGET void differentiate(const Scratch& s, float* probs, float* d, float* d_bias, const float* inverse) {
-  Vec factor[NV], delta[NV];
+  Vec factor[NV], delta[NV], sum[NV];
   for (int v = 0; v < NV; ++v) {
     factor[v] = load(inverse + v * kLanes);
-    delta[v] = Vec{};
+    delta[v] = sum[v] = Vec{};
   }
-  for (int64_t j = 0; j < s.keys; ++j)
+  for (int64_t first = 0; first < s.keys; first += kRun) {
+    Vec part[NV] = {}, part_sum[NV] = {};
+    for (int64_t j = first; j < std::min(first + kRun, s.keys); ++j)
 #pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const Vec p = load(probs + j * kBlock + v * kLanes) * factor[v];
+        store(probs + j * kBlock + v * kLanes, p);
+        part[v] += p * load(d + j * kBlock + v * kLanes);
+        part_sum[v] += p;
+      }
     for (int v = 0; v < NV; ++v) {
-      const Vec p = load(probs + j * kBlock + v * kLanes) * factor[v];
-      store(probs + j * kBlock + v * kLanes, p);
-      delta[v] += p * load(d + j * kBlock + v * kLanes);
+      delta[v] += part[v];
+      sum[v] += part_sum[v];
     }
+  }
+  for (int v = 0; v < NV; ++v) delta[v] /= sum[v];  // not quite 1, and gradients of a query's scores cancel
   for (int64_t j = 0; j < s.keys; ++j)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
@@ -329,7 +347,7 @@ MIMFAST_TARGET void forward_window(const WindowAttention& call, const Head<T>& h
   expect<1>(head.out, s.now, s.keys, head.size);
   for (int64_t block = 0; block < s.blocks; ++block) {
     const int64_t first = block * kBlock, queries = std::min<int64_t>(kBlock, s.keys - first);
-    attend(call, s, head.scale * kLog2e, block, (queries + kLanes - 1) / kLanes);
+    attend(call, s, head.scale, block, (queries + kLanes - 1) / kLanes);
     if (block == 0) expect<0>(head.in[1], s.next, s.keys, head.size);
     over_keys(s.probs, s.v, s.rows, s.pitch, queries, s.keys);
     if (block == 0) expect<0>(head.in[2], s.next, s.keys, head.size);
@@ -346,11 +364,12 @@ MIMFAST_TARGET void backward_window(const WindowAttention& call, const Head<T>& 
   gather(head.grad, s, head.size, nullptr, s.grad);  // what padding computes is thrown away
   expect<0>(head.in[0], s.next, s.keys, head.size);
   const bool cosine = call.head_scale != nullptr;
+  double along = 0.0;
   for (int64_t block = 0; block < s.blocks; ++block) {
     const int64_t first = block * kBlock, queries = std::min<int64_t>(kBlock, s.keys - first);
     const int64_t vecs = (queries + kLanes - 1) / kLanes;
     const float *q = s.q + first * s.pitch, *grad = s.grad + first * s.pitch;
-    attend(call, s, head.scale * kLog2e, block, vecs);
+    attend(call, s, head.scale, block, vecs);
     if (block == 0) expect<0>(head.in[1], s.next, s.keys, head.size);
     turn(grad, s.turned_grad, s.pitch, vecs);
     scores_of(s.v, s.turned_grad, s.d_scores, s.pitch, s.keys, vecs);
@@ -370,9 +389,10 @@ MIMFAST_TARGET void backward_window(const WindowAttention& call, const Head<T>& 
     if (block == 0) expect<0>(head.grad, s.next, s.keys, head.size);
     if (cosine)
       for (int64_t i = 0; i < queries; ++i)
-        *partial.head_scale += through_norm(q + i * s.pitch, s.q_size[first + i], s.rows + i * s.pitch, s.pitch);
+        along += through_norm(q + i * s.pitch, s.q_size[first + i], s.rows + i * s.pitch, s.pitch);
     scatter(head.d_in[0], s, head.size, first, queries, s.rows, head.scale, nullptr);
   }
+  if (cosine) *partial.head_scale += static_cast<float>(along);
   if (cosine)
     for (int64_t j = 0; j < s.keys; ++j) through_norm(s.k + j * s.pitch, s.k_size[j], s.d_k + j * s.pitch, s.pitch);
   float* padding = partial.bias;

@@ -17,6 +17,7 @@ from mimfast.ops.patch_unshuffle import patch_unshuffle
 from mimfast.ops.pixel_loss import pixel_loss
 from mimfast.ops.short_attention import short_attention
 from mimfast.ops.window_attention import window_attention
+from mimfast.ops.window_attention_v2 import window_attention_v2
 
 __all__ = [
     "group_plan",
@@ -32,4 +33,5 @@ __all__ = [
     "pixel_loss",
     "short_attention",
     "window_attention",
+    "window_attention_v2",
 ]

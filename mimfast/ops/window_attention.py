@@ -25,7 +25,8 @@ from mimfast.ops._windows import (
     run_cpu,
 )
 
-IMPLS = ("cpu", "ref")
+IMPLS = ("triton", "cpu", "ref")
+TOKENS, HEADS, WIDE_TILE = 256, (16, 64), {2: 8192, 4: 4096}  # what kernels/window_attention.py takes
 
 
 def window_attention_ref(
@@ -92,7 +93,7 @@ def window_attention(
         check_table(op, "table", table, qkv, window, heads)
     if checked and group is not None:
         check_ids(op, group)
-    chosen = resolve(op, impl, IMPLS, partial(_why_not, qkv))
+    chosen = resolve(op, impl, IMPLS, partial(_why_not, qkv, window, heads))
     scale = (qkv.shape[-1] // (3 * heads)) ** -0.5 if scale is None else float(scale)
     if chosen == "ref":
         with torch.autocast(qkv.device.type, enabled=False):  # a product in fewer bits is not this op
@@ -104,9 +105,22 @@ def window_attention(
     return _WindowAttention.apply(qkv, table, qkv_bias, None if group is None else ids_of(group), config)
 
 
-def _why_not(qkv: Tensor, impl: str) -> str | None:
+def _why_not(qkv: Tensor, window: tuple[int, int], heads: int, impl: str) -> str | None:
     if qkv.dtype == torch.float64:
         return "the kernel computes in float32 and was given float64"
+    if impl == "triton":
+        (_, H, W, E), n, d = qkv.shape, window[0] * window[1], qkv.shape[-1] // (3 * heads)
+        if not HEADS[0] <= d <= HEADS[1]:
+            return f"the kernel takes {HEADS[0]} to {HEADS[1]} values per head, and {heads * d} / {heads} heads is {d}"
+        if n > TOKENS:
+            return f"the kernel keeps a window on chip, which suits up to {TOKENS} tokens, and this one has {n}"
+        tile = 1 << max(4, (n - 1).bit_length()) + (d - 1).bit_length()  # padded to powers of 2
+        most = WIDE_TILE[qkv.element_size()]
+        if tile > most:
+            kind = str(qkv.dtype).removeprefix("torch.")
+            return f"{n} tokens x {d} values pad to {tile}, and {kind} keys beyond {most} do not fit on chip"
+        if H * W * E >= 2**31:
+            return f"the kernel counts the values of an image in 32 bits, and {H} x {W} x {E} do not fit"
     return why_not_on(impl, qkv.device.type)
 
 
@@ -123,6 +137,10 @@ torch.library.define(
 
 @torch.library.impl("mimfast::window_attention_fwd", ("cpu", "cuda"))
 def _fwd(*args):
+    if args[-1] == "triton":
+        from mimfast.kernels.window_attention import window_attention_fwd
+
+        return window_attention_fwd(*args[:-1])
     out = _fwd_fake(*args)
     run_cpu(*args[:-1], out=out)
     return out
@@ -130,6 +148,10 @@ def _fwd(*args):
 
 @torch.library.impl("mimfast::window_attention_bwd", ("cpu", "cuda"))
 def _bwd(grad, *args):
+    if args[-1] == "triton":
+        from mimfast.kernels.window_attention import window_attention_bwd
+
+        return window_attention_bwd(grad, *args[:-1])
     d_qkv, d_table, d_bias = _bwd_fake(grad, *args)
     run_cpu(*args[:-1], grad=grad, d_qkv=d_qkv, d_table=d_table, d_bias=d_bias)
     return d_qkv, d_table, d_bias
