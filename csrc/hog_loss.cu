@@ -1,5 +1,7 @@
 #include "hog_loss.h"
 
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace mimfast {
@@ -11,14 +13,14 @@ using loss_tail::penalty;
 using loss_tail::widen;
 
 // how a cell is read: 8 pixels as two aligned words, 8 pixels one by one, or a cell of any side
-enum class HogPath { kWords, kPixels, kAny };
+enum HogPath { kWords, kPixels, kAny };
 
-template <HogPath kPath, bool kWindow>
+template <int kPath, bool kWindow>
 __device__ __forceinline__ void describe(const HogImages& in, int64_t b, int c, int i, int j, float* values) {
-  if constexpr (kPath == HogPath::kAny)
+  if constexpr (kPath == kAny)
     hog_cell_any(in, b, c, i, j, values);
   else
-    hog_cell<kPath == HogPath::kWords, kWindow>(in, b, c, i, j, values);
+    hog_cell<kPath == kWords, kWindow>(in, b, c, i, j, values);
 }
 
 __device__ __forceinline__ float loss_of(LossKind kind, float d, float beta, float& slope) {
@@ -54,9 +56,10 @@ __device__ __forceinline__ Place place_of(int side, int plane, int n) {
 // forward's gradient is right already.
 // registers: see bench/aot_native.json, no spills; floor: the instructions of hog.cu, and reading and writing D values
 // of every hidden token
-template <HogPath kPath, bool kWindow, typename Pred>
-__global__ void __launch_bounds__(kHogLossThreads, kPath == HogPath::kWords && !kWindow ? 6 : 1)
+template <int kPath, bool kWindow, bool kBfloat16>
+__global__ void __launch_bounds__(kHogLossThreads, kPath == kWords && !kWindow ? 6 : 1)
     hog_loss_kernel(HogLoss call, int cells, int blocks_per_plane) {
+  using Pred = std::conditional_t<kBfloat16, Bfloat16, float>;
   __shared__ float scratch[kHogLossThreads / 32];
   const LossRows& rows = call.rows;
   if (call.partial == nullptr && !call.stale && *call.upstream == 1.0f) return;
@@ -108,7 +111,7 @@ __global__ void __launch_bounds__(kHogLossThreads, kPath == HogPath::kWords && !
   if (threadIdx.x == 0) call.partial[blockIdx.x] = total;
 }
 
-template <typename Pred>
+template <bool kBfloat16>
 void start(const HogLoss& call, CUstream_st* stream) {
   const HogImages& in = call.images;
   const int64_t cells = call.rows.rows * call.side * call.side;
@@ -118,12 +121,11 @@ void start(const HogLoss& call, CUstream_st* stream) {
   const int64_t blocks = (cells + kHogLossThreads - 1) / kHogLossThreads;
   const bool words = in.cell == 8 && in.stride[3] == 1 && reinterpret_cast<uintptr_t>(in.img) % 8 == 0 &&
                      in.stride[0] % 8 == 0 && in.stride[1] % 8 == 0 && in.stride[2] % 8 == 0;
-  auto kernel = hog_loss_kernel<HogPath::kAny, true, Pred>;
+  auto kernel = hog_loss_kernel<kAny, true, kBfloat16>;
   if (words)
-    kernel =
-        in.window > 0 ? hog_loss_kernel<HogPath::kWords, true, Pred> : hog_loss_kernel<HogPath::kWords, false, Pred>;
+    kernel = in.window > 0 ? hog_loss_kernel<kWords, true, kBfloat16> : hog_loss_kernel<kWords, false, kBfloat16>;
   else if (in.cell == 8 && in.window == 0)
-    kernel = hog_loss_kernel<HogPath::kPixels, false, Pred>;
+    kernel = hog_loss_kernel<kPixels, false, kBfloat16>;
   launch("hog_loss", kernel, hog_loss_partials(call), kHogLossThreads, stream, call, static_cast<int>(cells),
          static_cast<int>(blocks));
 }
@@ -131,7 +133,7 @@ void start(const HogLoss& call, CUstream_st* stream) {
 }  // namespace
 
 void hog_loss_cuda(const HogLoss& call, CUstream_st* stream) {
-  call.rows.pred_bf16 ? start<Bfloat16>(call, stream) : start<float>(call, stream);
+  call.rows.pred_bf16 ? start<true>(call, stream) : start<false>(call, stream);
 }
 
 }  // namespace mimfast

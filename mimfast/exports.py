@@ -8,9 +8,10 @@ from typing import Any, Literal, NoReturn, cast
 
 from torch import Tensor, nn
 
-from mimfast import _names, _weights, pvt_names
+from mimfast import _names, _weights
 from mimfast._check import fail
 from mimfast.decoders import ViTDecoder
+from mimfast.encoders import pvt_names
 from mimfast.encoders.beit import BEiT
 from mimfast.encoders.beit_names import fine_tuning_names
 from mimfast.encoders.swin import Swin

@@ -4,16 +4,16 @@ What is here reads names and shapes and gives the plain values that build the mo
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
 from torch import Tensor
 
-from mimfast import pvt_names
 from mimfast._check import fail
 from mimfast._weights import Weights
+from mimfast.encoders import pvt_names
 from mimfast.encoders.beit_names import SHARED
 from mimfast.encoders.swin_names import official_names
 
@@ -139,10 +139,10 @@ def _vit(weights: Weights, prefix: str, given: Given, method: str | None) -> dic
         notes.append(f"assumed heads={heads} at width {dim}; pass heads= if it is another")
     more: dict[str, Any] = {"positions": "learned", "mask_token": True} if method == "MaskFeat" else {}
     return {
-        "img_size": list(given.img_size or _side(state[f"{prefix}pos_embed"].shape[1] - 1, patch)),
+        "img_size": list(given.img_size or square_size(state[f"{prefix}pos_embed"].shape[1] - 1, patch)),
         "patch": patch,
         "dim": dim,
-        "depth": _count(state, rf"{prefix}blocks\.(\d+)\."),
+        "depth": count(state, rf"{prefix}blocks\.(\d+)\."),
         "heads": heads,
         "mlp_ratio": state[f"{prefix}blocks.0.mlp.fc1.weight"].shape[0] / dim,
         **more,
@@ -157,7 +157,7 @@ def _beit(weights: Weights, prefix: str, given: Given, method: str | None) -> di
     pos = state.get(f"{prefix}pos_embed")
     if table is None and pos is None and given.img_size is None:
         fail("load", "img_size", "None", "(height, width) in pixels", "without positions the weights do not say")
-    side = _side(pos.shape[1] - 1, patch)[0] if pos is not None else 224
+    side = square_size(pos.shape[1] - 1, patch)[0] if pos is not None else 224
     if table is not None:
         side = (isqrt(table.shape[0] - 3) + 1) // 2 * patch
     heads = given.heads or (table.shape[1] if table is not None else HEADS.get(dim, max(1, dim // 64)))
@@ -165,7 +165,7 @@ def _beit(weights: Weights, prefix: str, given: Given, method: str | None) -> di
         "img_size": list(given.img_size or (side, side)),
         "patch": patch,
         "dim": dim,
-        "depth": _count(state, rf"{prefix}blocks\.(\d+)\."),
+        "depth": count(state, rf"{prefix}blocks\.(\d+)\."),
         "heads": heads,
         "mlp_ratio": state[f"{prefix}blocks.0.mlp.fc1.weight"].shape[0] / dim,
         "relative": "none" if table is None else "block" if shared is None else "shared",
@@ -176,8 +176,8 @@ def _beit(weights: Weights, prefix: str, given: Given, method: str | None) -> di
 
 def _swin(weights: Weights, prefix: str, given: Given, method: str | None) -> dict[str, Any]:
     state = official_names(weights.state, prefix)
-    stages = range(_count(state, rf"{prefix}layers\.(\d+)\."))
-    depths = [_count(state, rf"{prefix}layers\.{i}\.blocks\.(\d+)\.") for i in stages]
+    stages = range(count(state, rf"{prefix}layers\.(\d+)\."))
+    depths = [count(state, rf"{prefix}layers\.{i}\.blocks\.(\d+)\.") for i in stages]
     width = state[f"{prefix}patch_embed.proj.weight"].shape[0]
     first = [f"{prefix}layers.{i}.blocks.0." for i in stages]
     version, counted = ("swinv2", "logit_scale") if f"{first[0]}attn.logit_scale" in state else ("swin", TABLE)
@@ -217,7 +217,7 @@ def _pvt(weights: Weights, prefix: str, given: Given, method: str | None) -> dic
         for key, value in weights.state.items()
         if key.startswith(prefix)
     }
-    depths = tuple(_count(state, rf"block{s}\.(\d+)\.") for s in (1, 2, 3, 4))
+    depths = tuple(count(state, rf"block{s}\.(\d+)\.") for s in (1, 2, 3, 4))
     dims = tuple(state[f"patch_embed{s}.proj.weight"].shape[0] for s in (1, 2, 3, 4))
     name = PVT.get((dims, depths))
     if name is None:
@@ -234,10 +234,10 @@ def _fastmim(weights: Weights, encoder: dict[str, Any], kind: str, given: Given)
     out_dim, width = state["decoder_pred.weight"].shape
     fc1 = state.get("decoder_blocks.0.mlp.fc1.weight")
     hog = out_dim == 27 * (stride // 8) ** 2
-    norm = _first("norm", True, notes, given.norm, weights.args.get("norm_pix_loss"))
+    norm = first_known("norm", True, notes, given.norm, weights.args.get("norm_pix_loss"))
     decoder = {
         "dim": width,
-        "depth": _count(state, r"decoder_blocks\.(\d+)\."),
+        "depth": count(state, r"decoder_blocks\.(\d+)\."),
         "heads": given.decoder_heads or max(1, width // 32),
         "mlp_ratio": 4.0 if fc1 is None else fc1.shape[0] / width,
         "eps": 1e-6 if plain else 1e-5,
@@ -247,35 +247,38 @@ def _fastmim(weights: Weights, encoder: dict[str, Any], kind: str, given: Given)
         "encoder": encoder,
         "decoder": decoder,
         "target": {"type": "HOG", "normalize": norm} if hog else {"type": "Pixels", "norm": norm},
-        "ratio": _first("ratio", 0.75, notes, given.ratio, weights.args.get("mask_ratio")),
+        "ratio": first_known("ratio", 0.75, notes, given.ratio, weights.args.get("mask_ratio")),
         "block": weights.args.get("block_size") or stride,
     }
 
 
 def _simmim(weights: Weights, encoder: dict[str, Any], kind: str, given: Given) -> dict[str, Any]:  # noqa: ARG001
-    ratio = _first("ratio", 0.6, weights.notes, given.ratio, weights.args.get("mask_ratio"))
+    ratio = first_known("ratio", 0.6, weights.notes, given.ratio, weights.args.get("mask_ratio"))
     target = {"type": "Pixels", "norm": False, "kind": "l1", "order": "cpq"}
     block = weights.args.get("block_size") or 32
     return {"method": "SimMIM", "encoder": encoder, "target": target, "ratio": ratio, "block": block}
 
 
 def _maskfeat(weights: Weights, encoder: dict[str, Any], kind: str, given: Given) -> dict[str, Any]:  # noqa: ARG001
-    ratio = _first("ratio", 0.4, weights.notes, given.ratio)
+    ratio = first_known("ratio", 0.4, weights.notes, given.ratio)
     return {"method": "MaskFeat", "encoder": encoder, "target": {"type": "HOG"}, "ratio": ratio, "min_block": 15}
 
 
-def _first(name: str, default: Any, notes: list[str], *values: Any) -> Any:
+def first_known(name: str, default: Any, notes: list[str], *values: Any) -> Any:
+    """The first value that is not None, or the default, and then a note."""
     value = next((v for v in values if v is not None), None)
     if value is None:
         notes.append(f"assumed {name}={default}, which the source does not say")
     return default if value is None else value
 
 
-def _count(keys: Any, pattern: str) -> int:
+def count(keys: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that the pattern finds at the beginning of a name."""
     return 1 + max((int(found[1]) for key in keys if (found := re.match(pattern, key))), default=-1)
 
 
-def _side(patches: int, patch: int) -> tuple[int, int]:
+def square_size(patches: int, patch: int) -> tuple[int, int]:
+    """(height, width) in pixels of a square image of so many patches."""
     side = isqrt(max(patches, 0))
     if side < 1 or side * side != patches:
         reason = f"{patches} patches are not a square grid and the source does not say which"

@@ -288,6 +288,8 @@ def test_encoders_load_strictly_into_timm(tmp_path: Path, what: str) -> None:
     assert torch.allclose(found, wanted, atol=1e-4)
     again = loaded(path)
     assert torch.allclose(again(img), wanted, atol=1e-4)
+    if kind == "vit":
+        assert again.positions == model.encoder.positions
     if kind in ("swin", "beit"):
         given = {} if kind == "swin" else {"heads": 2}
         assert torch.allclose(loaded(peer.state_dict(), **given)(img), wanted, atol=1e-4)

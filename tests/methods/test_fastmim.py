@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from mimfast import Mask
 from mimfast._check import UserError
 from mimfast._images import normalize
-from mimfast.encoders import ViT
+from mimfast.encoders import BEiT, Swin, ViT
 from mimfast.encoders.block import Block
 from mimfast.heads import TokenDecoder
 from mimfast.methods import FastMIM
@@ -18,15 +18,15 @@ from mimfast.ops.hog import hog
 from mimfast.targets import HOG, LocalNormPixels, Pixels
 
 TIMM = "timm has these backbones: pip install 'mimfast[timm]'"
-BACKBONES = ("vit", "swin", "pvt_v2_b0", "mvitv2_tiny", "convnextv2_atto")
+BACKBONES = ("vit", "beit", "swin", "pvt_v2_b0", "mvitv2_tiny", "convnextv2_atto")
 
 
 def encoder(kind: str = "vit", size: int | tuple[int, int] = 64) -> nn.Module:
     if kind == "vit":
         return ViT(size, 16, 32, 2, 2)
+    if kind == "beit":
+        return BEiT(size, 16, 32, 2, 2, mask_token=False)
     if kind == "swin":
-        from mimfast.encoders.swin import Swin
-
         return Swin(size, embed_dim=16, depths=(1, 2, 2, 1), heads=(1, 2, 2, 4))
     pytest.importorskip("timm", reason=TIMM)
     from mimfast.encoders.timm import Timm
@@ -123,7 +123,7 @@ def test_raw_histograms_and_pixels(norm: bool) -> None:
     assert_same_loss(model, img, model.sample_mask(3))
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin", "pvt_v2_b0", "convnextv2_atto"])
+@pytest.mark.parametrize("kind", ["vit", "beit", "swin", "pvt_v2_b0", "convnextv2_atto"])
 @pytest.mark.parametrize("size", [(96, 96), (64, 128)])
 def test_the_size_of_the_images_may_change(kind: str, size: tuple[int, int]) -> None:
     """FastMIM-P: encoder and mask follow the images, the weights stay the same."""
@@ -161,8 +161,8 @@ def test_what_is_hidden_does_not_reach_the_prediction() -> None:
 
 
 def test_every_parameter_gets_a_gradient() -> None:
-    for kind in ("vit", "swin"):
-        model = build(kind)
+    for name in ("vit_nano8", "beit", "swin_nano"):
+        model = FastMIM.build(name, 64, **({"dim": 32, "depth": 1} if name == "beit" else {}))
         model(pixels()).backward()
         without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
         assert not without
@@ -265,6 +265,7 @@ def test_build_follows_the_authors() -> None:
             assert module.bias is None or not module.bias.any(), name
     assert (vit.ratio, vit.block, swin.block) == (0.75, 8, 32)
     assert FastMIM.build("vit_nano8", 64, drop_last=1).encoder.depth == 3
+    assert FastMIM.build("swin_nano", 64, embed_dim=16, drop_last=3).encoder.depths == (2, 2, 1, 0)
 
 
 def test_refuses_wrong_parts() -> None:
@@ -290,6 +291,8 @@ def test_refuses_wrong_parts() -> None:
     refused("block has 8, expected 16 or more for LocalNormPixels", part, wide, LocalNormPixels(16), block=8)
     part.mask_modes = frozenset({"drop"})
     refused(r"FastMIM needs mask mode 'paint'; ViT offers \['drop'\]", part, decoder, HOG(16))
+    token = ViT(64, 16, 32, 1, 2, mask_token=True)
+    refused("FastMIM: encoder has a mask_token, expected none because mode 'paint' never", token, decoder, HOG(16))
     with pytest.raises(UserError, match="TokenDecoder: dim has 64, expected 32, or depth 1 or more because without"):
         TokenDecoder(32, 108, 64, 0)
     with pytest.raises(UserError, match="HOG: patch has 14, expected a multiple of 8 because"):
