@@ -95,7 +95,7 @@ CASES += [
     Case(2, 16, 16, stride=8, rows=0), Case(0, 16, 16, stride=8, rows=2),
 ]  # fmt: skip
 BENCH = [Case(256, 224, 224, stride=16, rows=78, dtype="bf16"), Case(256, 224, 224), Case(512, 128, 128, stride=16)]
-BENCH_CPU = Case(32, 224, 224)
+BENCH_CPU = [Case(32, 224, 224), Case(32, 224, 224, stride=16, rows=78), Case(32, 224, 224, window=16)]
 
 
 def layer(img: Tensor, cell: int = 8, bins: int = 9, window: int = 0, norm: bool = True) -> Tensor:
