@@ -18,6 +18,8 @@
 #include "noop.h"
 #include "patch_gather.h"
 #include "pixel_loss.h"
+#include "short_attention.h"
+#include "window_attention.h"
 
 namespace py = pybind11;
 
@@ -201,6 +203,60 @@ mimfast::HogLoss make_hog_loss(const mimfast::LossRows& rows, const mimfast::Hog
   return {rows, images, side, parts, at<const int64_t>(count), at<const float>(upstream), at<float>(partial), stale};
 }
 
+mimfast::ShortAttention make_short_attention(uintptr_t qkv, bool bf16, std::array<int64_t, 2> qkv_stride,
+                                             uintptr_t cu_seqlens, int64_t groups, int64_t tokens, int32_t heads,
+                                             int32_t head, float scale, uintptr_t grad,
+                                             std::array<int64_t, 2> grad_stride, uintptr_t out, uintptr_t d_qkv) {
+  return {at<const void>(qkv),
+          bf16,
+          qkv_stride,
+          at<const int32_t>(cu_seqlens),
+          groups,
+          tokens,
+          heads,
+          head,
+          scale,
+          at<const void>(grad),
+          grad_stride,
+          at<void>(out),
+          at<void>(d_qkv)};
+}
+
+mimfast::WindowAttention make_window_attention(uintptr_t qkv, bool bf16, std::array<int64_t, 3> qkv_stride,
+                                               uintptr_t qkv_bias, uintptr_t table, uintptr_t head_scale,
+                                               uintptr_t group, int64_t group_stride, int64_t batch, int32_t rows,
+                                               int32_t cols, int32_t heads, int32_t head, std::array<int32_t, 2> window,
+                                               std::array<int32_t, 2> shift, bool roll_first, float scale, float mask,
+                                               uintptr_t grad, std::array<int64_t, 3> grad_stride, uintptr_t out,
+                                               uintptr_t d_qkv, uintptr_t d_table, uintptr_t d_bias,
+                                               uintptr_t d_head_scale) {
+  return {at<const void>(qkv),
+          bf16,
+          qkv_stride,
+          at<const float>(qkv_bias),
+          at<const float>(table),
+          at<const float>(head_scale),
+          at<const int32_t>(group),
+          group_stride,
+          batch,
+          rows,
+          cols,
+          heads,
+          head,
+          window,
+          shift,
+          roll_first,
+          scale,
+          mask,
+          at<const void>(grad),
+          grad_stride,
+          at<void>(out),
+          at<void>(d_qkv),
+          at<float>(d_table),
+          at<float>(d_bias),
+          at<float>(d_head_scale)};
+}
+
 using release_gil = py::call_guard<py::gil_scoped_release>;
 
 }  // namespace
@@ -266,6 +322,12 @@ PYBIND11_MODULE(_core, m) {
            py::arg("img_stride"), py::arg("grid_cols"), py::arg("patch"), py::arg("norm"), py::arg("colour_major"),
            py::arg("mean"), py::arg("std"), py::arg("eps"));
   m.def("pixel_loss_cpu", &mimfast::pixel_loss_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  py::class_<mimfast::ShortAttention>(m, "ShortAttention", py::module_local(),
+                                      "One call, as in csrc/short_attention.h.")
+      .def(py::init(&make_short_attention), py::kw_only(), py::arg("qkv"), py::arg("bf16"), py::arg("qkv_stride"),
+           py::arg("cu_seqlens"), py::arg("groups"), py::arg("tokens"), py::arg("heads"), py::arg("head"),
+           py::arg("scale"), py::arg("grad"), py::arg("grad_stride"), py::arg("out"), py::arg("d_qkv"));
+  m.def("short_attention_cpu", &mimfast::short_attention_cpu, py::arg("call"), py::arg("threads"), release_gil());
 
   py::class_<mimfast::HogLoss>(m, "HogLoss", py::module_local(), "One call, as in csrc/hog_loss.h.")
       .def(py::init(&make_hog_loss), py::kw_only(), py::arg("rows"), py::arg("images"), py::arg("side"),
@@ -279,6 +341,17 @@ PYBIND11_MODULE(_core, m) {
   m.def("local_norm_cpu", &mimfast::local_norm_cpu, py::arg("call"), py::arg("threads"), release_gil());
   m.attr("LOCAL_NORM_MAX_BOX_UINT8") = mimfast::kLocalNormMaxBoxUint8;
   m.attr("LOCAL_NORM_MAX_WIDTH_CUDA") = mimfast::kLocalNormMaxWidthCuda;
+
+  py::class_<mimfast::WindowAttention>(m, "WindowAttention", py::module_local(),
+                                       "One call, as in csrc/window_attention.h.")
+      .def(py::init(&make_window_attention), py::kw_only(), py::arg("qkv"), py::arg("bf16"), py::arg("qkv_stride"),
+           py::arg("qkv_bias"), py::arg("table"), py::arg("head_scale"), py::arg("group"), py::arg("group_stride"),
+           py::arg("batch"), py::arg("rows"), py::arg("cols"), py::arg("heads"), py::arg("head"), py::arg("window"),
+           py::arg("shift"), py::arg("roll_first"), py::arg("scale"), py::arg("mask"), py::arg("grad"),
+           py::arg("grad_stride"), py::arg("out"), py::arg("d_qkv"), py::arg("d_table"), py::arg("d_bias"),
+           py::arg("d_head_scale"));
+  m.def("window_attention_cpu", &mimfast::window_attention_cpu, py::arg("call"), py::arg("threads"),
+        py::arg("lanes") = 16, release_gil());
 
 #ifdef MIMFAST_CUDA
   m.def(

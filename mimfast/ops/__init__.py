@@ -16,6 +16,7 @@ from mimfast.ops.patch_gather import patch_gather
 from mimfast.ops.patch_unshuffle import patch_unshuffle
 from mimfast.ops.pixel_loss import pixel_loss
 from mimfast.ops.short_attention import short_attention
+from mimfast.ops.window_attention import window_attention
 
 __all__ = [
     "hog",
@@ -30,4 +31,5 @@ __all__ = [
     "patch_unshuffle",
     "pixel_loss",
     "short_attention",
+    "window_attention",
 ]
