@@ -10,6 +10,7 @@
 
 #include "group_plan.h"
 #include "hog.h"
+#include "hog_loss.h"
 #include "local_norm.h"
 #include "mask_blockwise.h"
 #include "mask_guided.h"
@@ -18,6 +19,7 @@
 #include "noop.h"
 #include "patch_gather.h"
 #include "pixel_loss.h"
+#include "short_attention.h"
 #include "window_attention.h"
 
 namespace py = pybind11;
@@ -163,7 +165,7 @@ mimfast::LossRows make_loss_rows(uintptr_t pred, bool pred_bf16, std::array<int6
                                  int32_t kind, float beta, float upstream, uintptr_t loss, uintptr_t grad) {
   return {at<const void>(pred),
           pred_bf16,
-          pred_stride,
+          {pred_stride[0], pred_stride[1]},
           at<const bool>(map),
           at<const int64_t>(index),
           batch,
@@ -175,6 +177,50 @@ mimfast::LossRows make_loss_rows(uintptr_t pred, bool pred_bf16, std::array<int6
           upstream,
           at<float>(loss),
           at<void>(grad)};
+}
+
+mimfast::PixelLoss make_pixel_loss(const mimfast::LossRows& rows, uintptr_t img, bool img_uint8,
+                                   std::array<int64_t, 4> img_stride, int32_t grid_cols, int32_t patch, bool norm,
+                                   bool colour_major, std::array<float, 3> mean, std::array<float, 3> std, float eps) {
+  return {rows, at<const void>(img), img_uint8, img_stride, grid_cols, patch, norm, colour_major, mean, std, eps};
+}
+
+mimfast::LocalNorm make_local_norm(uintptr_t img, bool img_uint8, std::array<int64_t, 4> stride, int64_t batch,
+                                   int32_t height, int32_t width, int32_t radius, std::array<float, 3> floor,
+                                   uintptr_t out) {
+  return {at<const void>(img),
+          img_uint8,
+          {stride[0], stride[1], stride[2], stride[3]},
+          batch,
+          height,
+          width,
+          radius,
+          {floor[0], floor[1], floor[2]},
+          at<float>(out)};
+}
+
+mimfast::HogLoss make_hog_loss(const mimfast::LossRows& rows, const mimfast::HogImages& images, int32_t side,
+                               int32_t parts, uintptr_t count, uintptr_t upstream, uintptr_t partial, bool stale) {
+  return {rows, images, side, parts, at<const int64_t>(count), at<const float>(upstream), at<float>(partial), stale};
+}
+
+mimfast::ShortAttention make_short_attention(uintptr_t qkv, bool bf16, std::array<int64_t, 2> qkv_stride,
+                                             uintptr_t cu_seqlens, int64_t groups, int64_t tokens, int32_t heads,
+                                             int32_t head, float scale, uintptr_t grad,
+                                             std::array<int64_t, 2> grad_stride, uintptr_t out, uintptr_t d_qkv) {
+  return {at<const void>(qkv),
+          bf16,
+          qkv_stride,
+          at<const int32_t>(cu_seqlens),
+          groups,
+          tokens,
+          heads,
+          head,
+          scale,
+          at<const void>(grad),
+          grad_stride,
+          at<void>(out),
+          at<void>(d_qkv)};
 }
 
 mimfast::WindowAttention make_window_attention(uintptr_t qkv, bool bf16, std::array<int64_t, 3> qkv_stride,
@@ -210,26 +256,6 @@ mimfast::WindowAttention make_window_attention(uintptr_t qkv, bool bf16, std::ar
           at<float>(d_table),
           at<float>(d_bias),
           at<float>(d_head_scale)};
-}
-
-mimfast::PixelLoss make_pixel_loss(const mimfast::LossRows& rows, uintptr_t img, bool img_uint8,
-                                   std::array<int64_t, 4> img_stride, int32_t grid_cols, int32_t patch, bool norm,
-                                   bool colour_major, std::array<float, 3> mean, std::array<float, 3> std, float eps) {
-  return {rows, at<const void>(img), img_uint8, img_stride, grid_cols, patch, norm, colour_major, mean, std, eps};
-}
-
-mimfast::LocalNorm make_local_norm(uintptr_t img, bool img_uint8, std::array<int64_t, 4> stride, int64_t batch,
-                                   int32_t height, int32_t width, int32_t radius, std::array<float, 3> floor,
-                                   uintptr_t out) {
-  return {at<const void>(img),
-          img_uint8,
-          {stride[0], stride[1], stride[2], stride[3]},
-          batch,
-          height,
-          width,
-          radius,
-          {floor[0], floor[1], floor[2]},
-          at<float>(out)};
 }
 
 using release_gil = py::call_guard<py::gil_scoped_release>;
@@ -305,6 +331,25 @@ PYBIND11_MODULE(_core, m) {
            py::arg("img_stride"), py::arg("grid_cols"), py::arg("patch"), py::arg("norm"), py::arg("colour_major"),
            py::arg("mean"), py::arg("std"), py::arg("eps"));
   m.def("pixel_loss_cpu", &mimfast::pixel_loss_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  py::class_<mimfast::ShortAttention>(m, "ShortAttention", py::module_local(),
+                                      "One call, as in csrc/short_attention.h.")
+      .def(py::init(&make_short_attention), py::kw_only(), py::arg("qkv"), py::arg("bf16"), py::arg("qkv_stride"),
+           py::arg("cu_seqlens"), py::arg("groups"), py::arg("tokens"), py::arg("heads"), py::arg("head"),
+           py::arg("scale"), py::arg("grad"), py::arg("grad_stride"), py::arg("out"), py::arg("d_qkv"));
+  m.def("short_attention_cpu", &mimfast::short_attention_cpu, py::arg("call"), py::arg("threads"), release_gil());
+
+  py::class_<mimfast::HogLoss>(m, "HogLoss", py::module_local(), "One call, as in csrc/hog_loss.h.")
+      .def(py::init(&make_hog_loss), py::kw_only(), py::arg("rows"), py::arg("images"), py::arg("side"),
+           py::arg("parts"), py::arg("count"), py::arg("upstream"), py::arg("partial"), py::arg("stale"));
+  m.def("hog_loss_cpu", &mimfast::hog_loss_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  m.def("hog_loss_partials", &mimfast::hog_loss_partials, py::arg("call"));
+
+  py::class_<mimfast::LocalNorm>(m, "LocalNorm", py::module_local(), "One call, as in csrc/local_norm.h.")
+      .def(py::init(&make_local_norm), py::kw_only(), py::arg("img"), py::arg("img_uint8"), py::arg("stride"),
+           py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("radius"), py::arg("floor"), py::arg("out"));
+  m.def("local_norm_cpu", &mimfast::local_norm_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  m.attr("LOCAL_NORM_MAX_BOX_UINT8") = mimfast::kLocalNormMaxBoxUint8;
+  m.attr("LOCAL_NORM_MAX_WIDTH_CUDA") = mimfast::kLocalNormMaxWidthCuda;
 
   py::class_<mimfast::WindowAttention>(m, "WindowAttention", py::module_local(),
                                        "One call, as in csrc/window_attention.h.")
@@ -317,14 +362,11 @@ PYBIND11_MODULE(_core, m) {
   m.def("window_attention_cpu", &mimfast::window_attention_cpu, py::arg("call"), py::arg("threads"),
         py::arg("lanes") = 16, release_gil());
 
-  py::class_<mimfast::LocalNorm>(m, "LocalNorm", py::module_local(), "One call, as in csrc/local_norm.h.")
-      .def(py::init(&make_local_norm), py::kw_only(), py::arg("img"), py::arg("img_uint8"), py::arg("stride"),
-           py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("radius"), py::arg("floor"), py::arg("out"));
-  m.def("local_norm_cpu", &mimfast::local_norm_cpu, py::arg("call"), py::arg("threads"), release_gil());
-  m.attr("LOCAL_NORM_MAX_BOX_UINT8") = mimfast::kLocalNormMaxBoxUint8;
-  m.attr("LOCAL_NORM_MAX_WIDTH_CUDA") = mimfast::kLocalNormMaxWidthCuda;
-
 #ifdef MIMFAST_CUDA
+  m.def(
+      "hog_loss_cuda",
+      [](const mimfast::HogLoss& call, uintptr_t stream) { mimfast::hog_loss_cuda(call, at<CUstream_st>(stream)); },
+      py::arg("call"), py::arg("stream"), release_gil());
   m.def(
       "local_norm_cuda",
       [](const mimfast::LocalNorm& call, uintptr_t stream) { mimfast::local_norm_cuda(call, at<CUstream_st>(stream)); },

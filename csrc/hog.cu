@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "device.cuh"
 #include "hog.h"
 
@@ -7,14 +9,14 @@ namespace {
 constexpr int kThreads = 128;
 
 // how a cell is read: 8 pixels as two aligned words, 8 pixels one by one, or a cell of any side
-enum class HogPath { kWords, kPixels, kAny };
+constexpr int kWords = 0, kPixels = 1, kAny = 2;
 
-template <HogPath kPath, bool kWindow>
+template <int kPath, bool kWindow>
 __device__ __forceinline__ void describe(const HogImages& in, int64_t b, int c, int i, int j, float* values) {
-  if constexpr (kPath == HogPath::kAny)
+  if constexpr (kPath == kAny)
     hog_cell_any(in, b, c, i, j, values);
   else
-    hog_cell<kPath == HogPath::kWords, kWindow>(in, b, c, i, j, values);
+    hog_cell<kPath == kWords, kWindow>(in, b, c, i, j, values);
 }
 
 __device__ __forceinline__ void put(float* to, float x) { *to = x; }
@@ -25,7 +27,7 @@ __device__ __forceinline__ void put(uint16_t* to, float x) { *to = hog_bfloat16(
 // through the cells of a token, then tokens, so that a warp reads and writes near addresses; the blocks of a colour of
 // an image come one after the other. registers: see bench/aot_native.json, no spills; floor: bytes are few (49 MB for
 // 256 x 3 x 224 x 224 to bf16, 11.5 us on an H200), so instructions decide
-template <HogPath kPath, bool kWindow, typename Out>
+template <int kPath, bool kWindow, bool kBfloat16>
 __global__ void __launch_bounds__(kThreads) hog_kernel(Hog call, int cells, int blocks_per_plane) {
   const int plane = blockIdx.x / blocks_per_plane, n = blockIdx.x % blocks_per_plane * kThreads + threadIdx.x;
   if (n >= cells) return;
@@ -54,12 +56,13 @@ __global__ void __launch_bounds__(kThreads) hog_kernel(Hog call, int cells, int 
   }
   float values[kHogBins] = {};
   if (exists) describe<kPath, kWindow>(call.in, b, c, i, j, values);
+  using Out = std::conditional_t<kBfloat16, uint16_t, float>;
   Out* out = static_cast<Out*>(call.out) + at;
 #pragma unroll
   for (int k = 0; k < kHogBins; ++k) put(out + k * step, values[k]);
 }
 
-template <typename Out>
+template <bool kBfloat16>
 void start(const Hog& call, CUstream_st* stream) {
   const HogImages& in = call.in;
   const int64_t w = in.width / in.cell, h = in.height / in.cell;
@@ -70,11 +73,11 @@ void start(const Hog& call, CUstream_st* stream) {
   const int64_t blocks = (cells + kThreads - 1) / kThreads;
   const bool words = in.cell == 8 && in.stride[3] == 1 && reinterpret_cast<uintptr_t>(in.img) % 8 == 0 &&
                      in.stride[0] % 8 == 0 && in.stride[1] % 8 == 0 && in.stride[2] % 8 == 0;
-  auto kernel = hog_kernel<HogPath::kAny, true, Out>;
+  auto kernel = hog_kernel<kAny, true, kBfloat16>;
   if (words)
-    kernel = in.window > 0 ? hog_kernel<HogPath::kWords, true, Out> : hog_kernel<HogPath::kWords, false, Out>;
+    kernel = in.window > 0 ? hog_kernel<kWords, true, kBfloat16> : hog_kernel<kWords, false, kBfloat16>;
   else if (in.cell == 8 && in.window == 0)
-    kernel = hog_kernel<HogPath::kPixels, false, Out>;
+    kernel = hog_kernel<kPixels, false, kBfloat16>;
   launch("hog", kernel, in.batch * 3 * blocks, kThreads, stream, call, static_cast<int>(cells),
          static_cast<int>(blocks));
 }
@@ -82,7 +85,7 @@ void start(const Hog& call, CUstream_st* stream) {
 }  // namespace
 
 void hog_cuda(const Hog& call, CUstream_st* stream) {
-  call.out_bf16 ? start<uint16_t>(call, stream) : start<float>(call, stream);
+  call.out_bf16 ? start<true>(call, stream) : start<false>(call, stream);
 }
 
 }  // namespace mimfast

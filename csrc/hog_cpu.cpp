@@ -154,7 +154,7 @@ class Tokens {
 
  private:
   Out* out() const { return static_cast<Out*>(call_.out); }
-  bool inside(int64_t token) const { return token >= 0 && token < int64_t{across_} * first_.size(); }
+  bool inside(int64_t token) const { return token >= 0 && token < across_ * static_cast<int64_t>(first_.size()); }
 
   // lists of the wanted rows by row of tokens
   void sort(int64_t b) {

@@ -12,7 +12,7 @@ inline void store(float* to, Floats x) { *reinterpret_cast<LooseFloats*>(to) = x
 
 inline Floats root(Floats x) {
 #if MIMFAST_LANES == 16
-  return _mm512_sqrt_ps(x);
+  return _mm512_maskz_sqrt_ps(0xffff, x);  // plain _mm512_sqrt_ps sets off a warning in GCC's own header
 #elif MIMFAST_LANES == 8
   return _mm256_sqrt_ps(x);
 #elif defined(__SSE2__)

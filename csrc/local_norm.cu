@@ -36,8 +36,9 @@ __device__ __forceinline__ float centred(int32_t n, float pixel, double sum) {
 // One warp takes rows of one plane from the top down, lane by lane its columns: sums over the rows of the box are kept
 // in shared memory, a scan along the row turns them into running sums, of which a box is a difference. registers: see
 // bench/aot_native.json, no spills; floor: reads each pixel twice (once from L2), writes 4 bytes
-template <typename Pixel, int kWidth>
+template <bool kUint8, int kWidth>
 __global__ void __launch_bounds__(32 * 1024 / kWidth) local_norm_kernel(LocalNorm call, int64_t bands, int32_t rows) {
+  using Pixel = std::conditional_t<kUint8, uint8_t, float>;
   constexpr int kWarps = 1024 / kWidth;
   __shared__ Sum<Pixel> shared_column[kWarps][2][kWidth], shared_run[kWarps][2][kWidth + 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -105,14 +106,14 @@ __global__ void __launch_bounds__(32 * 1024 / kWidth) local_norm_kernel(LocalNor
   }
 }
 
-template <typename Pixel, int kWidth>
+template <bool kUint8, int kWidth>
 void start(const LocalNorm& call, CUstream_st* stream) {
   constexpr int64_t kWarps = 1024 / kWidth;
   const int64_t planes = 3 * call.batch, most = (call.height + kLeastRows - 1) / kLeastRows;
   const int64_t wanted = std::min(most, std::max<int64_t>(1, kUnits / std::max<int64_t>(planes, 1)));
   const int32_t rows = static_cast<int32_t>((call.height + wanted - 1) / wanted);
   const int64_t bands = (call.height + rows - 1) / rows;
-  launch("local_norm", local_norm_kernel<Pixel, kWidth>, (planes * bands + kWarps - 1) / kWarps, 32 * kWarps, stream,
+  launch("local_norm", local_norm_kernel<kUint8, kWidth>, (planes * bands + kWarps - 1) / kWarps, 32 * kWarps, stream,
          call, bands, rows);
 }
 
@@ -121,9 +122,9 @@ void start(const LocalNorm& call, CUstream_st* stream) {
 void local_norm_cuda(const LocalNorm& call, CUstream_st* stream) {
   const bool narrow = call.width <= 256;
   if (call.img_uint8)
-    narrow ? start<uint8_t, 256>(call, stream) : start<uint8_t, kLocalNormMaxWidthCuda>(call, stream);
+    narrow ? start<true, 256>(call, stream) : start<true, kLocalNormMaxWidthCuda>(call, stream);
   else
-    narrow ? start<float, 256>(call, stream) : start<float, kLocalNormMaxWidthCuda>(call, stream);
+    narrow ? start<false, 256>(call, stream) : start<false, kLocalNormMaxWidthCuda>(call, stream);
 }
 
 }  // namespace mimfast

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -23,26 +22,6 @@ namespace loss_tail {
 constexpr int64_t kValuesPerThread = 1 << 17;  // about 0.05 ms of work, several times the cost of a thread
 constexpr int kLanes = 8;  // of a vector of partial sums: two such vectors hide the latency of an addition
 
-struct Bfloat16 {
-  uint16_t bits;
-};
-
-MIMFAST_INLINE float widen(float x) { return x; }
-MIMFAST_INLINE float widen(Bfloat16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof(wide));
-  return wide;
-}
-
-MIMFAST_INLINE void narrow(float x, float& to) { to = x; }
-MIMFAST_INLINE void narrow(float x, Bfloat16& to) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
 // in lanes; vectors by name because the compiler would keep an array of partial sums in memory
 MIMFAST_INLINE float sum(const float* values, int64_t n) {
   using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
@@ -60,23 +39,6 @@ MIMFAST_INLINE float sum(const float* values, int64_t n) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int j = 0; j < width; ++j) part[j] += part[j + width];
   return part[0];
-}
-
-// f(d), and its derivative in `slope`; without branches, and such that NaN stays NaN
-template <LossKind KIND>
-MIMFAST_INLINE float penalty(float d, float beta, float& slope) {
-  const float size = std::fabs(d);
-  if constexpr (KIND == LossKind::kMse) {
-    slope = 2.0f * d;
-    return d * d;
-  } else if constexpr (KIND == LossKind::kL1) {
-    slope = size > 0.0f ? std::copysign(1.0f, d) : d;
-    return size;
-  } else {
-    const float part = size > beta ? beta : size;  // d^2 / (2 beta) up to beta, |d| - beta / 2 from there on
-    slope = std::copysign(part, d) / beta;
-    return part * (size - 0.5f * part) / beta;
-  }
 }
 
 // the losses of the values, and their gradients unless `grad` is null
@@ -148,17 +110,17 @@ inline void ask_for_large_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-// score(begin, end, weight, losses) for parts of all B * R rows, by at most `threads` threads: it writes the loss of
-// each row and its gradient, where that of f(d) of any value is `weight`. `counted` values count.
+// score(begin, end, weight, losses) for parts of [0, units), by at most `threads` threads with `grain` units each:
+// together the parts write the losses and gradients of all B * R rows, where the gradient of the loss with respect to
+// f(d) of any value is `weight`. `counted` values count.
 template <typename Score>
-void score_all(const LossRows& all, int64_t counted, int threads, const Score& score_part) {
+void score_all(const LossRows& all, int64_t counted, int64_t units, int64_t grain, int threads, const Score& part) {
   const int64_t rows = all.batch * all.rows;
   const double share = 1.0 / static_cast<double>(std::max<int64_t>(counted, 1));
   const float weight = static_cast<float>(share * all.upstream);
   if (all.grad != nullptr) ask_for_large_pages(all.grad, rows * row_bytes(all));
   std::vector<float> losses(static_cast<size_t>(rows));
-  parallel_for(rows, kValuesPerThread / all.values + 1, threads,
-               [&](int64_t begin, int64_t end) { score_part(begin, end, weight, losses.data()); });
+  parallel_for(units, grain, threads, [&](int64_t begin, int64_t end) { part(begin, end, weight, losses.data()); });
   if (all.loss == nullptr) return;
   double total = 0.0;
   for (const float loss : losses) total += loss;

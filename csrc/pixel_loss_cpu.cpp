@@ -98,11 +98,13 @@ void pixel_loss_cpu(const PixelLoss& call, int threads) {
   for (size_t c = 0; c < 3; ++c)
     for (size_t x = 0; x < 256; ++x)
       table[c][x] = (static_cast<float>(x) / 255.0f - call.mean[c]) / call.std[c];  // as the reference does
-  score_all(rows, count * rows.values, threads, [&](int64_t begin, int64_t end, float weight, float* losses) {
-    std::vector<float> target(static_cast<size_t>(rows.values)), scratch(target.size());
-    const auto score = call.colour_major ? score_rows<true> : score_rows<false>;
-    score(call, table, begin, end, weight, target.data(), scratch.data(), losses);
-  });
+  const int64_t total = rows.batch * rows.rows, grain = kValuesPerThread / rows.values + 1;
+  score_all(rows, count * rows.values, total, grain, threads,
+            [&](int64_t begin, int64_t end, float weight, float* losses) {
+              std::vector<float> target(static_cast<size_t>(rows.values)), scratch(target.size());
+              const auto score = call.colour_major ? score_rows<true> : score_rows<false>;
+              score(call, table, begin, end, weight, target.data(), scratch.data(), losses);
+            });
 }
 
 }  // namespace mimfast

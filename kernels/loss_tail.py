@@ -4,10 +4,8 @@ Work: none of its own; these functions are inlined into the kernels that call th
 fp32: everything.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 KINDS = {"mse": 0, "l1": 1, "smooth_l1": 2}
 
@@ -38,11 +36,6 @@ def rows_that_count(hidden_ptr, row_R, rows, R, L, COMPACT: tl.constexpr):
         l_R = row_R % R
         counts_R = tl.load(hidden_ptr + row_R, mask=inside_R, other=0) != 0
     return l_R, counts_R
-
-
-def count(hidden: Tensor, L: int) -> Tensor:
-    """How many tokens count, [] int64, with as few launches as torch allows."""
-    return hidden.sum() if hidden.dtype == torch.bool else (hidden.clamp(0, L - 1) == hidden).sum()
 
 
 AOT: dict[str, tuple] = {}  # compiled inside the kernels that use it

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,9 +113,12 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def _read_torch(path: Path) -> Any:
-    """`torch.load` of tensors and plain values only; argparse.Namespace is data and is in every official checkpoint."""
+    """`torch.load` of tensors and plain values only; argparse.Namespace is data and is in every official checkpoint.
+
+    So is SimMIM's yacs.config.CfgNode, a dictionary, which is read as one.
+    """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -136,6 +140,10 @@ def _unwrap(found: Any, source: str) -> Weights:
         weights.args = (
             vars(args) if isinstance(args, argparse.Namespace) else dict(args) if isinstance(args, Mapping) else {}
         )
+        data = found["config"].get("DATA") if isinstance(found.get("config"), Mapping) else None
+        if isinstance(data, Mapping):  # of SimMIM
+            named = {"input_size": "IMG_SIZE", "mask_ratio": "MASK_RATIO", "block_size": "MASK_PATCH_SIZE"}
+            weights.args |= {ours: data[theirs] for ours, theirs in named.items() if theirs in data}
         key = next((k for k in WRAPPERS if isinstance(found.get(k), Mapping)), None)
         if key is not None:
             state = found[key]

@@ -8,9 +8,10 @@ is not usable;
 import os
 import signal
 import sys
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 if TYPE_CHECKING:
     from mimfast.recipes import Recipe
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 USAGE = """usage: mimfast COMMAND ...
 
   mimfast pretrain [RECIPE] [--data DIR] [--section.key VALUE ...]   pre-train an encoder
-  mimfast export RUN_OR_FILE OUT --layout timm|hf|mae                write weights under other names
+  mimfast export RUN_OR_FILE OUT --layout timm|hf|mae|...            write weights under other names
   mimfast doctor [--markdown]                                        what this machine can run, and why not
 
 `mimfast COMMAND --help` says more. Without RECIPE and --data, pretrain runs on embedded photographs: two CPU cores, a
@@ -137,14 +138,15 @@ def _export(rest: list[str]) -> int:
     def export(
         source: Annotated[Path, tyro.conf.Positional],
         out: Annotated[Path, tyro.conf.Positional],
-        layout: Literal["timm", "hf", "mae"] = "timm",
+        layout: layouts.Layout = "timm",
     ) -> None:
         """Write weights under somebody else's names.
 
         Args:
             source: A run folder (its newest checkpoint is used) or a file of weights.
-            out: A .safetensors file for timm, a folder for hf, a .pth or .safetensors file for mae.
-            layout: timm: encoder for timm; hf: folder for Hugging Face's ViTMAE; mae: names of the official repository.
+            out: A .safetensors file for timm, a folder for hf, a .pth or .safetensors file for the others.
+            layout: timm: encoder for timm; hf: folder for Hugging Face's ViTMAE; mae, fastmim, simmim, maskfeat: that
+                method under the names of its authors' repository.
         """
         newest = checkpoint.newest(source / "checkpoints", lambda text: print(f"warning: {text}", file=sys.stderr))
         model = layouts.load(newest / "model.safetensors" if newest is not None else source)
@@ -234,7 +236,8 @@ def _by_tyro(base: "Recipe", words: list[str], wants_help: bool) -> "Recipe | No
     from mimfast import recipes
 
     if wants_help:
-        print(HELP.format(recipes=", ".join(make.__name__ for make in recipes.RECIPES)))
+        names = ", ".join(make.__name__ for make in recipes.RECIPES)
+        print(HELP.format(recipes=textwrap.fill(names, 108, subsequent_indent=" " * 9)))
     try:
         return tyro.cli(
             recipes.Recipe,

@@ -4,13 +4,14 @@ import json
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 from torch import Tensor, nn
 
-from mimfast import _names, _weights, pvt_names
+from mimfast import _names, _weights
 from mimfast._check import fail
 from mimfast.decoders import ViTDecoder
+from mimfast.encoders import pvt_names
 from mimfast.encoders.beit import BEiT
 from mimfast.encoders.beit_names import fine_tuning_names
 from mimfast.encoders.swin import Swin
@@ -69,17 +70,16 @@ def _refuse(model: nn.Module, layout: str, wanted: str) -> NoReturn:
 
 def _official(model: nn.Module, layout: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and values of a method under its authors' names."""
-    kind, found = METHODS[layout], model
+    kind, found = METHODS[layout], cast(Any, model)
     if layout == "mae" and isinstance(model, ViT):
         return model.state_dict(), model.config
-    if not isinstance(found, kind) or not isinstance(found.encoder, (ViT, BEiT, Swin, Timm)):
+    if not isinstance(model, kind) or not isinstance(model.encoder, (ViT, BEiT, Swin, Timm)):
         _refuse(model, layout, "a MAE over a ViT, or a ViT" if layout == "mae" else f"a {kind.__name__}")
     state = found.state_dict()
-    if isinstance(found.encoder, Timm):
-        rename = pvt_names.official_name if found.encoder.name.startswith("pvt_v2") else str
-        own = "encoder.model."
+    if isinstance(found.encoder, Timm) and found.encoder.name.startswith("pvt_v2"):
+        own = "encoder."
         state = {
-            f"encoder.{rename(key.removeprefix(own))}" if key.startswith(own) else key: value
+            own + pvt_names.official_name(key.removeprefix(own)) if key.startswith(own) else key: value
             for key, value in state.items()
         }
     return state, found.config
@@ -94,15 +94,16 @@ def _timm(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if state.pop("mask_token", None) is not None:
         config["mask_token"] = False
     if isinstance(encoder, Timm):
-        return {key.removeprefix("model."): value for key, value in state.items()}, config
+        return state, config
     if isinstance(encoder, Swin):
         return timm_names(state), config
     if isinstance(encoder, BEiT):
-        return fine_tuning_names(state), config | {"relative": "block"}
+        return fine_tuning_names(state), config | ({"relative": "block"} if encoder.relative == "shared" else {})
     if isinstance(encoder.norm, nn.Identity):
         if not isinstance(model, MaskFeat):
             fail("export", "model", "a ViT without its final norm", "the whole MaskFeat", "the head has that norm")
-        state |= {f"norm.{key}": value for key, value in model.decoder.transforms[0][0].state_dict().items()}
+        norm: Any = model.decoder.get_submodule("transforms.0.0")
+        state |= {f"norm.{key}": value for key, value in norm.state_dict().items()}
     return state, config
 
 
@@ -115,6 +116,8 @@ def _check_hf(model: nn.Module, encoder: ViT, path: Path) -> None:
     if isinstance(model, MAE) and not isinstance(model.decoder, ViTDecoder):
         found, reason = f"a {type(model.decoder).__name__}", "Hugging Face's ViTMAE has no other; export the encoder"
         fail("export", "model", found, "a ViTDecoder", reason)
+    if encoder.mask_token is not None:
+        fail("export", "model", "a ViT with a mask token", "one without", "Hugging Face's ViTMAE has no place for it")
     if path.is_file():
         reason = "the layout 'hf' is config.json and model.safetensors"
         fail("export", "path", f"{str(path)!r}, a file", "a folder", reason)

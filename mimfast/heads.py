@@ -104,8 +104,9 @@ class PixelHead(nn.Sequential):
 
     def forward(self, tokens: Tensor, rows: Tensor | None = None, prefix: int = 0) -> Tensor:
         """As `TokenDecoder.forward`."""
-        x_BTE = tokens[:, prefix:] if rows is None else take(tokens, rows + prefix)
-        return linear(x_BTE, self[0].weight.flatten(1), self[0].bias)
+        x_BTE, conv = tokens[:, prefix:] if rows is None else take(tokens, rows + prefix), self.get_submodule("0")
+        assert isinstance(conv, nn.Conv2d)
+        return linear(x_BTE, conv.weight.flatten(1), conv.bias)
 
 
 class HOGHead(nn.Module):
@@ -122,12 +123,13 @@ class HOGHead(nn.Module):
         super().__init__()
         self.encoder_dim, self.out_dim = encoder_dim, out_dim
         self.transforms = nn.ModuleList([nn.Sequential(nn.LayerNorm(encoder_dim, eps=EPS))])
-        self.projections = nn.ModuleList([nn.Linear(encoder_dim, out_dim)])
-        nn.init.trunc_normal_(self.projections[0].weight, std=0.02)
-        nn.init.zeros_(self.projections[0].bias)
+        linear_ = nn.Linear(encoder_dim, out_dim)
+        nn.init.trunc_normal_(linear_.weight, std=0.02)
+        nn.init.zeros_(linear_.bias)
+        self.projections = nn.ModuleList([linear_])
 
     def forward(self, tokens: Tensor, rows: Tensor | None = None, prefix: int = 0) -> Tensor:
         """As `TokenDecoder.forward`."""
         x_BTE = tokens[:, prefix:] if rows is None else take(tokens, rows + prefix)
-        linear_ = self.projections[0]
+        linear_: Any = self.projections[0]
         return linear(self.transforms[0](x_BTE), linear_.weight, linear_.bias)

@@ -1,8 +1,7 @@
-"""Checkpoints in and out: `load` recognises whose names a file has, `export` writes timm's, Hugging Face's or MAE's."""
+"""Checkpoints in and out: `load` recognises whose names a file has, `export` (exports.py) writes them."""
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,19 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mimfast import _names, _weights, encoders, methods
-from mimfast._check import UserError, fail
+from mimfast._check import UserError
 from mimfast.decoders import ViTDecoder
 from mimfast.encoders import relative
-from mimfast.encoders.positions import resized, sincos_2d
+from mimfast.encoders.positions import sincos_2d
 from mimfast.encoders.tables import geometric_resize
 from mimfast.encoders.vit import EPS, ViT
 from mimfast.exports import LAYOUTS as LAYOUTS
 from mimfast.exports import Layout as Layout
 from mimfast.exports import export as export
 from mimfast.methods.mae import MAE
-from mimfast.recognise import HEADS, TABLE, Given, recognise
+from mimfast.recognise import HEADS, TABLE, Given, count, first_known, recognise, square_size
 from mimfast.targets import Pixels
 
 log = logging.getLogger("mimfast")
@@ -142,40 +142,30 @@ def _recognise(weights: _weights.Weights) -> tuple[str, dict[str, Tensor]]:
     return layout, state
 
 
-def _sizes(
-    weights: _weights.Weights,
-    state: dict[str, Tensor],
-    given: Given,
-) -> dict[str, Any]:
+def _sizes(weights: _weights.Weights, state: dict[str, Tensor], given: Given) -> dict[str, Any]:
     """The `config` of the model: what the tensors say, then the caller, the file, the published sizes."""
-    img_size, heads, decoder_heads, norm, ratio = (
-        given.img_size,
-        given.heads,
-        given.decoder_heads,
-        given.norm,
-        given.ratio,
-    )
     own, hf, args, notes = weights.config, weights.hf_config, weights.args, weights.notes
     own_encoder = own.get("encoder", own)
     dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-    size = img_size or own_encoder.get("img_size") or _square_size(state["pos_embed"].shape[1] - 1, patch)
+    size = given.img_size or own_encoder.get("img_size") or square_size(state["pos_embed"].shape[1] - 1, patch)
     encoder = {
         "img_size": list(size),
         "patch": patch,
         "dim": dim,
-        "depth": _depth(state, "blocks"),
-        "heads": _heads("heads", dim, heads or own_encoder.get("heads") or hf.get("num_attention_heads"), notes),
+        "depth": count(state, r"blocks\.(\d+)\."),
+        "heads": _heads("heads", dim, given.heads or own_encoder.get("heads") or hf.get("num_attention_heads"), notes),
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        **{key: own_encoder[key] for key in ("positions", "mask_token") if key in own_encoder},
     }
     _note_hf(hf, notes)
     if "decoder_embed.weight" not in state:
         return encoder
     width = state["decoder_embed.weight"].shape[0]
-    known_heads = decoder_heads or own.get("decoder", {}).get("heads") or hf.get("decoder_num_attention_heads")
+    known_heads = given.decoder_heads or own.get("decoder", {}).get("heads") or hf.get("decoder_num_attention_heads")
     fc1 = state.get("decoder_blocks.0.mlp.fc1.weight")
     decoder = {
         "dim": width,
-        "depth": _depth(state, "decoder_blocks"),
+        "depth": count(state, r"decoder_blocks\.(\d+)\."),
         "heads": _heads("decoder_heads", width, known_heads, notes),
         "mlp_ratio": 4.0 if fc1 is None else fc1.shape[0] / width,
     }
@@ -183,17 +173,14 @@ def _sizes(
         "method": "MAE",
         "encoder": encoder,
         "decoder": decoder,
-        "ratio": _first("ratio", 0.75, notes, ratio, own.get("ratio"), hf.get("mask_ratio"), args.get("mask_ratio")),
-        "norm": _first("norm", True, notes, norm, own.get("norm"), hf.get("norm_pix_loss"), args.get("norm_pix_loss")),
+        "ratio": first_known(
+            "ratio", 0.75, notes, given.ratio, own.get("ratio"), hf.get("mask_ratio"), args.get("mask_ratio")
+        ),
+        "norm": first_known(
+            "norm", True, notes, given.norm, own.get("norm"), hf.get("norm_pix_loss"), args.get("norm_pix_loss")
+        ),
         "kind": own.get("kind", "mse"),
     }
-
-
-def _first(name: str, default: Any, notes: list[str], *given: Any) -> Any:
-    value = next((v for v in given if v is not None), None)
-    if value is None:
-        notes.append(f"assumed {name}={default}, which the source does not say")
-    return default if value is None else value
 
 
 def _heads(name: str, width: int, known: int | None, notes: list[str]) -> int:
@@ -213,21 +200,8 @@ def _heads(name: str, width: int, known: int | None, notes: list[str]) -> int:
     return guess
 
 
-def _depth(state: dict[str, Tensor], stack: str) -> int:
-    numbers = [int(found[1]) for key in state if (found := re.match(rf"{stack}\.(\d+)\.", key))]
-    return 1 + max(numbers, default=-1)
-
-
 def _grid_given(img_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     return (img_size, img_size) if isinstance(img_size, int) else img_size
-
-
-def _square_size(patches: int, patch: int) -> tuple[int, int]:
-    side = isqrt(max(patches, 0))
-    if side < 1 or side * side != patches:
-        reason = f"{patches} patches are not a square grid and the source does not say which"
-        fail("load", "img_size", "None", "(height, width) in pixels", reason)
-    return (side * patch, side * patch)
 
 
 def _note_hf(hf: dict[str, Any], notes: list[str]) -> None:
@@ -244,15 +218,20 @@ def _fitted(state: dict[str, Tensor], model: nn.Module, notes: list[str]) -> dic
     wanted, found = model.state_dict(), dict(state)
     for key, value in state.items():
         name, new = key.rpartition(".")[2], wanted.get(key)
-        if new is None or new.shape == value.shape or name not in (TABLE, "pos_embed") or new.ndim != value.ndim:
+        if name not in (TABLE, "pos_embed") or new is None or new.shape == value.shape or new.ndim != value.ndim:
             continue
         if name == "pos_embed":
             side = isqrt(value.shape[1] - 1)
             if side * side != value.shape[1] - 1 or value.shape[2] != new.shape[2]:
                 continue
-            found[key] = resized(value, (side, side), encoder.grid)
+            # with the authors' weights of the spline, which those of the smoothed one in `ViT.at` are not
+            patches = value[:, 1:].float().mT.unflatten(-1, (side, side))
+            patches = F.interpolate(patches, encoder.grid, mode="bicubic", align_corners=False).flatten(2).mT
+            found[key] = torch.cat([value[:, :1], patches.to(value.dtype)], dim=1)
         elif hasattr(encoder, "cls_token"):
             side = (isqrt(value.shape[0] - relative.EXTRA) + 1) // 2
+            if relative.entries((side, side)) != len(value):
+                continue
             found[key] = relative.resized(value, (side, side), encoder.grid)
         else:
             source, target = ((isqrt(len(table)) + 1) // 2 for table in (value, new))

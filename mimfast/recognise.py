@@ -4,16 +4,16 @@ What is here reads names and shapes and gives the plain values that build the mo
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
 from torch import Tensor
 
-from mimfast import pvt_names
 from mimfast._check import fail
 from mimfast._weights import Weights
+from mimfast.encoders import pvt_names
 from mimfast.encoders.beit_names import SHARED
 from mimfast.encoders.swin_names import official_names
 
@@ -23,8 +23,7 @@ OWN_TABLE = f"attn.{TABLE}"
 BUFFERS = re.compile(r"hogs\..*|(.*\.)?(relative_position_index|relative_coords_table|attn_mask|k_bias)")
 # of the published ViTs, by width
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-PVT_NAMES = ("patch_embed1.proj.weight", "stages.0.blocks.0.attn.kv.weight", "model.stages.0.blocks.0.attn.kv.weight")
-PVT = {
+PVT: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {
     ((32, 64, 160, 256), (2, 2, 2, 2)): "pvt_v2_b0",
     ((64, 128, 320, 512), (2, 2, 2, 2)): "pvt_v2_b1",
     ((64, 128, 320, 512), (3, 4, 6, 3)): "pvt_v2_b2",
@@ -62,7 +61,7 @@ def recognise(weights: Weights, given: Given) -> Found | None:
     named = not {"name", "relative"}.isdisjoint(own.get("encoder", own))
     if method == "MAE" or (method is None and not named and kind in (None, "vit")) or not (own or kind):
         return None
-    state = _ours(weights.state, prefix, kind, own)
+    state = _ours(weights.state, prefix, kind)
     if own:
         return Found("mimfast", _resized_config(own, given), state)
     assert kind is not None
@@ -91,7 +90,7 @@ def _backbone(state: Mapping[str, Tensor], prefix: str) -> str | None:
     if has("stem_conv1.weight"):
         reason = "there is no CMT here and timm has none"
         fail("load", "source", "the weights of a CMT", "a ViT, BEiT, Swin or PVTv2", reason)
-    if any(map(has, PVT_NAMES)):
+    if has("patch_embed1.proj.weight") or has("stages.0.blocks.0.attn.kv.weight"):
         return "pvt"
     if has("layers.0.blocks.0.attn.qkv.weight"):
         return "swin"
@@ -100,23 +99,17 @@ def _backbone(state: Mapping[str, Tensor], prefix: str) -> str | None:
     return "vit" if has("blocks.0.attn.qkv.weight") else None
 
 
-def _ours(state: Mapping[str, Tensor], prefix: str, kind: str | None, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _ours(state: Mapping[str, Tensor], prefix: str, kind: str | None) -> dict[str, Tensor]:
     """The state under the names of our modules, without what is computed from the sizes."""
     found = {key: value for key, value in state.items() if not BUFFERS.fullmatch(key)}
     if kind == "swin":
         return official_names(found, prefix)
-    own = str(config.get("encoder", config).get("name", ""))
-    inner = f"{prefix}model."
-    if (kind == "pvt" or own.startswith("timm:")) and not any(key.startswith(inner) for key in found):
-        outer = {key: value for key, value in found.items() if not key.startswith(prefix) or _is_methods(key)}
-        rename = pvt_names.timm_name if kind == "pvt" else str
-        body = {key: value for key, value in found.items() if key not in outer}
-        return outer | {inner + rename(key.removeprefix(prefix)): value for key, value in body.items()}
+    if kind == "pvt":
+        return {
+            prefix + pvt_names.timm_name(key.removeprefix(prefix)) if key.startswith(prefix) else key: value
+            for key, value in found.items()
+        }
     return found
-
-
-def _is_methods(key: str) -> bool:
-    return key == "mask_token" or key.startswith(("decoder_", "decoder.", "pred_head."))
 
 
 def _resized_config(config: dict[str, Any], given: Given) -> dict[str, Any]:
@@ -139,17 +132,17 @@ def _vit(weights: Weights, prefix: str, given: Given, method: str | None) -> dic
     heads = given.heads
     if heads is None and method == "FastMIM":
         heads = max(1, dim // 128)
-        more = "as FastMIM pre-trains with; it fine-tunes with twice as many"
-        notes.append(f"assumed heads={heads}, {more}; pass heads= if it is another")
+        why = "as FastMIM pre-trains with; it fine-tunes with twice as many"
+        notes.append(f"assumed heads={heads}, {why}; pass heads= if it is another")
     elif heads is None:
         heads = HEADS.get(dim, max(1, dim // 64))
         notes.append(f"assumed heads={heads} at width {dim}; pass heads= if it is another")
-    more = {"positions": "learned", "mask_token": True} if method == "MaskFeat" else {}
+    more: dict[str, Any] = {"positions": "learned", "mask_token": True} if method == "MaskFeat" else {}
     return {
-        "img_size": list(given.img_size or _side(state[f"{prefix}pos_embed"].shape[1] - 1, patch)),
+        "img_size": list(given.img_size or square_size(state[f"{prefix}pos_embed"].shape[1] - 1, patch)),
         "patch": patch,
         "dim": dim,
-        "depth": _count(state, rf"{prefix}blocks\.(\d+)\."),
+        "depth": count(state, rf"{prefix}blocks\.(\d+)\."),
         "heads": heads,
         "mlp_ratio": state[f"{prefix}blocks.0.mlp.fc1.weight"].shape[0] / dim,
         **more,
@@ -164,7 +157,7 @@ def _beit(weights: Weights, prefix: str, given: Given, method: str | None) -> di
     pos = state.get(f"{prefix}pos_embed")
     if table is None and pos is None and given.img_size is None:
         fail("load", "img_size", "None", "(height, width) in pixels", "without positions the weights do not say")
-    side = _side(pos.shape[1] - 1, patch)[0] if pos is not None else 224
+    side = square_size(pos.shape[1] - 1, patch)[0] if pos is not None else 224
     if table is not None:
         side = (isqrt(table.shape[0] - 3) + 1) // 2 * patch
     heads = given.heads or (table.shape[1] if table is not None else HEADS.get(dim, max(1, dim // 64)))
@@ -172,7 +165,7 @@ def _beit(weights: Weights, prefix: str, given: Given, method: str | None) -> di
         "img_size": list(given.img_size or (side, side)),
         "patch": patch,
         "dim": dim,
-        "depth": _count(state, rf"{prefix}blocks\.(\d+)\."),
+        "depth": count(state, rf"{prefix}blocks\.(\d+)\."),
         "heads": heads,
         "mlp_ratio": state[f"{prefix}blocks.0.mlp.fc1.weight"].shape[0] / dim,
         "relative": "none" if table is None else "block" if shared is None else "shared",
@@ -181,38 +174,55 @@ def _beit(weights: Weights, prefix: str, given: Given, method: str | None) -> di
     }
 
 
-def _swin(weights: Weights, prefix: str, given: Given, method: str | None) -> dict[str, Any]:  # noqa: ARG001
+def _swin(weights: Weights, prefix: str, given: Given, method: str | None) -> dict[str, Any]:
     state = official_names(weights.state, prefix)
-    stages = range(_count(state, rf"{prefix}layers\.(\d+)\."))
-    depths = [_count(state, rf"{prefix}layers\.{i}\.blocks\.(\d+)\.") for i in stages]
+    stages = range(count(state, rf"{prefix}layers\.(\d+)\."))
+    depths = [count(state, rf"{prefix}layers\.{i}\.blocks\.(\d+)\.") for i in stages]
     width = state[f"{prefix}patch_embed.proj.weight"].shape[0]
     first = [f"{prefix}layers.{i}.blocks.0." for i in stages]
-    tables = [state.get(f"{block}attn.{TABLE}") for block in first]
-    if any(table is None for table in tables):
-        fail("load", "source", "the weights of a Swin V2", "those of a Swin", "its window cannot be read from them")
-    window = (isqrt(tables[0].shape[0]) + 1) // 2  # type: ignore[union-attr]
+    version, counted = ("swinv2", "logit_scale") if f"{first[0]}attn.logit_scale" in state else ("swin", TABLE)
+    heads = [state[f"{block}attn.{counted}"].shape[0 if version == "swinv2" else 1] for block in first]
+    window = _window(weights, f"{first[0]}attn.")
     stride = 4 * 2 ** (len(depths) - 1)
+    # the window grows with the image, but in V2 12 and 16 go with 192 and 256 px
+    side = weights.args.get("input_size") if method == "SimMIM" else None
+    side = side or window * (stride if version == "swin" or window <= 8 else 16)
+    size = given.img_size or (side, side)
     return {
-        "name": "swin",
-        "img_size": list(given.img_size or (window * stride, window * stride)),
+        "name": version,
+        "img_size": list(size),
         "embed_dim": width,
         "depths": depths,
-        "heads": [table.shape[1] for table in tables],  # type: ignore[union-attr]
+        "heads": heads,
+        "window": None if min(size) == window * stride or (version == "swin" and given.img_size) else window,
         "mlp_ratio": state[f"{first[0]}mlp.fc1.weight"].shape[0] / width,
         "mask_token": f"{prefix}mask_token" in state,
     }
 
 
+def _window(weights: Weights, attn: str) -> int:
+    """Side of the window, from the table or what is stored beside weights."""
+    state = weights.state
+    if f"{attn}{TABLE}" in state:
+        return (isqrt(len(state[f"{attn}{TABLE}"])) + 1) // 2
+    if f"{attn}relative_position_index" in state:
+        return isqrt(len(state[f"{attn}relative_position_index"]))
+    weights.notes.append("assumed windows of 8 tokens, which the source does not say")
+    return 8
+
+
 def _pvt(weights: Weights, prefix: str, given: Given, method: str | None) -> dict[str, Any]:
-    state = {key: value for key, value in weights.state.items() if key.startswith(prefix)}
-    inner = {pvt_names.official_name(key.removeprefix(prefix).removeprefix("model.")) for key in state}
-    depths = tuple(_count(inner, rf"block{s}\.(\d+)\.") for s in (1, 2, 3, 4))
-    by_name = {pvt_names.official_name(k.removeprefix(prefix).removeprefix("model.")): v for k, v in state.items()}
-    dims = tuple(by_name[f"patch_embed{s}.proj.weight"].shape[0] for s in (1, 2, 3, 4))
+    state = {
+        pvt_names.official_name(key.removeprefix(prefix)): value
+        for key, value in weights.state.items()
+        if key.startswith(prefix)
+    }
+    depths = tuple(count(state, rf"block{s}\.(\d+)\.") for s in (1, 2, 3, 4))
+    dims = tuple(state[f"patch_embed{s}.proj.weight"].shape[0] for s in (1, 2, 3, 4))
     name = PVT.get((dims, depths))
     if name is None:
         fail("load", "source", f"a PVTv2 with widths {dims} and depths {depths}", "pvt_v2_b0 to b5", "timm has these")
-    if name == "pvt_v2_b2" and "block4.0.attn.sr.weight" in by_name:
+    if name == "pvt_v2_b2" and "block4.0.attn.sr.weight" in state:
         name = "pvt_v2_b2_li"
     size = given.img_size or ((128, 128) if method == "FastMIM" else (224, 224))
     return {"name": f"timm:{name}", "img_size": list(size)}
@@ -224,10 +234,10 @@ def _fastmim(weights: Weights, encoder: dict[str, Any], kind: str, given: Given)
     out_dim, width = state["decoder_pred.weight"].shape
     fc1 = state.get("decoder_blocks.0.mlp.fc1.weight")
     hog = out_dim == 27 * (stride // 8) ** 2
-    norm = _first("norm", True, notes, given.norm, weights.args.get("norm_pix_loss"))
+    norm = first_known("norm", True, notes, given.norm, weights.args.get("norm_pix_loss"))
     decoder = {
         "dim": width,
-        "depth": _count(state, r"decoder_blocks\.(\d+)\."),
+        "depth": count(state, r"decoder_blocks\.(\d+)\."),
         "heads": given.decoder_heads or max(1, width // 32),
         "mlp_ratio": 4.0 if fc1 is None else fc1.shape[0] / width,
         "eps": 1e-6 if plain else 1e-5,
@@ -237,34 +247,38 @@ def _fastmim(weights: Weights, encoder: dict[str, Any], kind: str, given: Given)
         "encoder": encoder,
         "decoder": decoder,
         "target": {"type": "HOG", "normalize": norm} if hog else {"type": "Pixels", "norm": norm},
-        "ratio": _first("ratio", 0.75, notes, given.ratio, weights.args.get("mask_ratio")),
+        "ratio": first_known("ratio", 0.75, notes, given.ratio, weights.args.get("mask_ratio")),
         "block": weights.args.get("block_size") or stride,
     }
 
 
 def _simmim(weights: Weights, encoder: dict[str, Any], kind: str, given: Given) -> dict[str, Any]:  # noqa: ARG001
-    ratio = _first("ratio", 0.6, weights.notes, given.ratio, weights.args.get("mask_ratio"))
+    ratio = first_known("ratio", 0.6, weights.notes, given.ratio, weights.args.get("mask_ratio"))
     target = {"type": "Pixels", "norm": False, "kind": "l1", "order": "cpq"}
-    return {"method": "SimMIM", "encoder": encoder, "target": target, "ratio": ratio, "block": 32}
+    block = weights.args.get("block_size") or 32
+    return {"method": "SimMIM", "encoder": encoder, "target": target, "ratio": ratio, "block": block}
 
 
 def _maskfeat(weights: Weights, encoder: dict[str, Any], kind: str, given: Given) -> dict[str, Any]:  # noqa: ARG001
-    ratio = _first("ratio", 0.4, weights.notes, given.ratio)
+    ratio = first_known("ratio", 0.4, weights.notes, given.ratio)
     return {"method": "MaskFeat", "encoder": encoder, "target": {"type": "HOG"}, "ratio": ratio, "min_block": 15}
 
 
-def _first(name: str, default: Any, notes: list[str], *values: Any) -> Any:
+def first_known(name: str, default: Any, notes: list[str], *values: Any) -> Any:
+    """The first value that is not None, or the default, and then a note."""
     value = next((v for v in values if v is not None), None)
     if value is None:
         notes.append(f"assumed {name}={default}, which the source does not say")
     return default if value is None else value
 
 
-def _count(keys: Any, pattern: str) -> int:
+def count(keys: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that the pattern finds at the beginning of a name."""
     return 1 + max((int(found[1]) for key in keys if (found := re.match(pattern, key))), default=-1)
 
 
-def _side(patches: int, patch: int) -> tuple[int, int]:
+def square_size(patches: int, patch: int) -> tuple[int, int]:
+    """(height, width) in pixels of a square image of so many patches."""
     side = isqrt(max(patches, 0))
     if side < 1 or side * side != patches:
         reason = f"{patches} patches are not a square grid and the source does not say which"

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from mimfast._check import fail
 from mimfast.mask import Mask
+from mimfast.ops.hog_loss import hog_loss
+from mimfast.ops.local_norm import local_norm
 from mimfast.ops.pixel_loss import pixel_loss
 
 Kind = Literal["mse", "l1", "smooth_l1"]
@@ -86,6 +88,10 @@ class LocalNormPixels(nn.Module):
 
     def __init__(self, patch: int, window: int = 47, kind: Kind = "l1") -> None:
         super().__init__()
+        if window < 1 or window % 2 == 0:
+            fail(
+                "LocalNormPixels", "window", window, "an odd number of pixels", "a pixel is in the middle of its window"
+            )
         self.patch, self.window, self.kind = patch, window, kind
         self.dim = patch * patch * 3
 
@@ -100,8 +106,6 @@ class LocalNormPixels(nn.Module):
     def loss(self, pred: Tensor, img: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor:
         """As `Pixels.loss`, with P in (c, py, px) order."""
         hidden = mask.hidden if rows is None else rows
-        from mimfast.ops.local_norm import local_norm
-
         target = local_norm(img, self.window)
         return pixel_loss(pred, target, hidden, patch=self.patch, norm=False, kind=self.kind, order="cpq")
 
@@ -157,8 +161,6 @@ class HOG(nn.Module):
             scalar fp32.
         """
         hidden = mask.hidden if rows is None else rows
-        from mimfast.ops.hog_loss import hog_loss
-
         # the exact arithmetic is that of 8-bit images
         compat: Literal["integer", "float"] = "float" if img.is_floating_point() else "integer"
         return hog_loss(

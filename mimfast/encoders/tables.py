@@ -42,10 +42,14 @@ def geometric_resize(table: Tensor, window_from: int, window_to: int) -> Tensor:
     return torch.einsum("as,bz,szh->abh", m_ts, m_ts, x_ssh).flatten(0, 1).to(table.dtype)
 
 
-@torch.compiler.assume_constant_result  # or a compiled graph would make it anew in every step
 def matrix_on(window_from: int, window_to: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`resize_matrix` on a device, kept there: a copy from the host waits and breaks CUDA-graph capture."""
     return _kept(window_from, window_to, device, dtype)
+
+
+# or a compiled graph would make it anew in every step; torch.compiler.assume_constant_result does this too, after an
+# import of the compiler that takes seconds
+matrix_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=64)

@@ -52,6 +52,9 @@ class FastMIM(nn.Module):
     ) -> None:
         super().__init__()
         check_parts("FastMIM", encoder, "paint", decoder, target, ratio)
+        if getattr(encoder, "mask_token", None) is not None:
+            reason = "mode 'paint' never uses it, and data-parallel training waits for the gradient of every parameter"
+            fail("FastMIM", "encoder", "a mask_token", "none", reason)
         block = encoder.stride if block is None else block
         _check_block(encoder.stride, block, target)
         size = sides(encoder.img_size)
@@ -64,9 +67,6 @@ class FastMIM(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 3, 1, 1))
         nn.init.normal_(self.mask_token, std=0.02)
         if isinstance(encoder, ViT):
-            if getattr(encoder, "mask_token", None) is not None:
-                reason = "mode 'paint' never uses it, and the official name mask_token is the colour's"
-                fail("FastMIM", "encoder", "a mask_token", "none", reason)
             use_official_names(self, flat, _in_tree)
         else:
             use_official_names(self, nested, from_nested)
@@ -109,6 +109,7 @@ class FastMIM(nn.Module):
             options: further arguments of the encoder, as embed_dim of a Swin.
         """
         options |= {"drop_path": drop_path} if drop_path else {}
+        options |= {} if encoder.startswith("timm:") else {"mask_token": False}
         backbone: Any = encoders.build(
             encoder, img_size, patch, dim=dim, depth=depth, heads=heads, drop_last=drop_last, **options
         )

@@ -6,6 +6,7 @@ Each op is one file with the name of its function. The functions are bound here,
 
 from mimfast.ops.group_plan import group_plan
 from mimfast.ops.hog import hog
+from mimfast.ops.hog_loss import hog_loss
 from mimfast.ops.local_norm import local_norm
 from mimfast.ops.mask_blockwise import mask_blockwise
 from mimfast.ops.mask_guided import mask_guided
@@ -22,6 +23,7 @@ from mimfast.ops.window_attention_v2 import window_attention_v2
 __all__ = [
     "group_plan",
     "hog",
+    "hog_loss",
     "local_norm",
     "mask_blockwise",
     "mask_guided",

@@ -5,6 +5,7 @@ B batch, L tokens in row-major order, R rows of predictions per image: L, or M i
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mimfast import _native
 from mimfast._check import check_dtype, check_indices, check_same_device, fail
 
 KINDS = ("mse", "l1", "smooth_l1")
@@ -132,13 +132,16 @@ def _may_run_again() -> bool:
     return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
 
 
+def count(hidden: Tensor, L: int) -> Tensor:
+    """How many tokens, or parts of tokens, count: [] int64, with as few launches as torch allows."""
+    return hidden.sum() if hidden.dtype == torch.bool else (hidden.clamp(0, L - 1) == hidden).sum()
+
+
 def native_rows(
-    pred: Tensor, hidden: Tensor, L: int, kind: Kind, beta: float, upstream: float,
+    core: ModuleType, pred: Tensor, hidden: Tensor, L: int, kind: Kind, beta: float, upstream: float,
     loss: Tensor | None, d_pred: Tensor | None,
 ) -> Any:  # fmt: skip
     """LossRows of csrc/loss_tail.h. `pred` has a dense last dimension, `hidden` is contiguous; keep both alive."""
-    core = _native.core()
-    assert core is not None  # or `resolve` would have refused
     mapped = hidden.dtype == torch.bool
     return core.LossRows(
         pred=pred.data_ptr(), pred_bf16=pred.dtype == torch.bfloat16, pred_stride=pred.stride()[:2],

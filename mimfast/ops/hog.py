@@ -1,27 +1,25 @@
-"""Histograms of oriented gradients, the target of MaskFeat (arXiv:2112.09133, section 3.2) and FastMIM (arXiv:2212.06593).
+"""Histograms of oriented gradients, the targets of MaskFeat (arXiv:2112.09133) and FastMIM (arXiv:2212.06593).
 
 gx = left - right and gy = top - bottom, Sobel with weights (1, 2, 1), each colour for itself, the image mirrored at its
-border (no edge repeated); m = sqrt(gx^2 + gy^2); bin = floor(9 atan2(gx, gy) / pi) mod 9; the histogram of a cell is the
-sum of m over its pixels by bin, hard assignment; with `normalize` divided by its norm over the bins of one colour.
+border (no edge repeated); m = sqrt(gx^2 + gy^2); bin = floor(9 atan2(gx, gy) / pi) mod 9; the histogram of a cell sums
+m over its pixels by bin, hard assignment; with `normalize` it is divided by its norm over the bins of a colour.
 
-compat="integer", the default: the mean of a colour cancels in gx and gy and its std in the normalisation, so all of it is
-computed from the 8-bit image, and to the same bits by every implementation, in any order of sums:
-* the bin of an integer gradient needs no angle. n = #{k = 1..4 : |gx| >= |gy| tan 20k} in fp32; the bin is n, or 8 - n
+compat="integer", the default: the mean of a colour cancels in gx and gy and its std in the normalisation, so all of it
+is computed from the 8-bit image, and to the same bits by every implementation, whatever the order of sums:
+* The bin of an integer gradient needs no angle: with n = #{k = 1..4 : |gx| >= |gy| tan 20k} in fp32 it is n, or 8 - n
   where gx gy < 0. That is the exact rule for every integer gradient; gx = 0 is bin 0.
-* m is a correctly rounded fp32 root cut to steps of 2^-14 (cell 8), so that sums are of int32: up to 6e-5 too small.
-* norm = sqrt(sum of h^2, an exact int64); raw sums are multiplied by 1 / (255 std), which makes them those of the
-  normalised image.
+* m is a correctly rounded fp32 root cut to steps of 2^-14 (cell 8), to be summed as int32: up to 6e-5 too small.
+* norm = sqrt(sum of h^2, an exact int64). Raw sums are multiplied by 1 / (255 std), to be those of normalised images.
 compat="float": the layers of both papers as published, in fp32: float gradients of the normalised image in the written
 order, atan2, floor, mod. A gx that is 0 but for rounding falls in bin 0 or 8 by chance there, so the two agree by RMS
 (about .01 of the normalised values), not entry by entry.
 
-B images, C = 3 colours, H W pixels, h = H/cell, w = W/cell, k = bins * colour + bin, K = 3 * bins, T tokens in row-major
+B images, 3 colours, H W pixels, h = H/cell, w = W/cell, k = bins * colour + bin, K = 3 * bins, T tokens in row-major
 order, u cells across a token, M rows of `hidden`, D = K u u
 """
 
 import math
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,15 +28,11 @@ from torch import Tensor
 from mimfast import _images, _native
 from mimfast._check import check_dtype, check_same_device, check_shape, fail
 from mimfast._images import IMAGENET_MEAN, IMAGENET_STD, Triple
-from mimfast.ops import _masks
+from mimfast.ops import _hog, _masks
 from mimfast.ops._choice import Impl, resolve, why_not_on
+from mimfast.ops._hog import Compat
 
 IMPLS = ("cuda", "triton", "cpu", "ref")
-COMPATS = ("integer", "float")
-Compat = Literal["integer", "float"]
-TANGENTS = tuple(math.tan(math.radians(20 * k)) for k in range(1, 5))
-LARGEST = 1141  # no 3 x 3 pixels of 0..255 give a magnitude above sqrt(1020^2 + 510^2)
-MAX_WINDOW = 32
 
 
 def hog_ref(
@@ -52,10 +46,10 @@ def hog_ref(
     side = top + 2 * middle + bottom
     above, below = (r[..., :-2] + 2 * r[..., 1:-1] + r[..., 2:] for r in (top, bottom))
     gx, gy = side[..., :-2] - side[..., 2:], above - below
-    unit, weights = fixed_point(cell, gaussian_window) if integer else (1.0, gaussian(gaussian_window))
+    unit, weights = _hog.fixed_point(cell, gaussian_window) if integer else (1.0, _hog.gaussian(gaussian_window))
     size = _root(gx * gx + gy * gy) * _weight(unit, weights, img)
     if integer:
-        level = torch.stack([gx.abs() >= gy.abs() * t for t in TANGENTS]).sum(0)
+        level = torch.stack([gx.abs() >= gy.abs() * t for t in _hog.TANGENTS]).sum(0)
         which, size = torch.where(gx * gy < 0, 8 - level, level), size.to(torch.int32)
     else:
         which = (torch.atan2(gx, gy) / math.pi * bins).floor() % bins
@@ -82,14 +76,14 @@ def hog(
             multiples of `cell`. No gradient flows into it.
         cell: side of a cell in pixels, 2 or more.
         bins: bins over 180 degrees; other numbers than 9 with compat="float" only.
-        normalize: divide by the norm of each cell and colour (MaskFeat; FastMIM with --norm_pix_loss), or give raw sums.
+        normalize: divide by the norm of each cell and colour (MaskFeat; FastMIM with --norm_pix_loss); else raw sums.
         stride: side of a token in pixels, a multiple of `cell` that divides H and W. None: the dense layout.
-        hidden: (B, M) int64, row-major indices of the tokens that are wanted, in any order; needs `stride`. One outside
-            0..T-1 gives a row of zeros. A bool map has no fixed number of rows and is refused; `Mask` and `mask_pack`
-            turn it into indices, `hog_loss` takes it as it is.
-        gaussian_window: side of a window of weights exp(-((n - mean) / std)^2 / 2), std = side // 2, outer product, sum 1,
-            tiled from the top left corner; 16 is what mmpretrain does, 0 (none) what the papers' code does. It divides
-            H and W; 2..32.
+        hidden: (B, M) int64, indices of the tokens that are wanted, in any order; needs `stride`. One outside 0..T-1
+            gives a row of zeros. A bool map has no fixed number of rows and is refused: `mask_pack` makes indices of
+            it, `hog_loss` takes it as it is.
+        gaussian_window: 0 (none, as the papers' code has it; mmpretrain has 16), or the side, 2..32, of a window that
+            divides H and W: weights exp(-((n - mean) / std)^2 / 2), std = side // 2, outer product, sum 1, tiled from
+            the top left corner, times m.
         compat: "integer", or "float" for the arithmetic of the published layers (`ref` only).
         mean: per colour, of values in 0..1; for compat="float" and uint8 images.
         std: per colour, of values in 0..1; the scale of raw sums and, as `mean`, for compat="float".
@@ -101,8 +95,8 @@ def hog(
     Raises:
         UserError: shapes, dtypes or devices that do not fit, or an implementation that cannot take this call.
     """
-    _check(img, cell, bins, gaussian_window, compat, std, dtype)
-    _check_layout(img, cell, stride, hidden)
+    _hog.check_rule("hog", img, cell, bins, gaussian_window, compat, std)
+    _check(img, cell, stride, hidden, dtype)
     chosen = resolve("hog", impl, IMPLS, partial(_why_not, img.device.type, compat))
     if chosen == "ref":
         return hog_ref(
@@ -110,25 +104,6 @@ def hog(
             gaussian_window=gaussian_window, compat=compat, mean=mean, std=std, dtype=dtype,
         )  # fmt: skip
     return torch.ops.mimfast.hog(img, hidden, cell, normalize, stride or 0, gaussian_window, [*std], dtype, chosen)
-
-
-def gaussian(window: int) -> list[float]:
-    """One side of the window: the weight of pixel (y, x) is the product of entries y and x (mod window)."""
-    shape = [math.exp(-0.5 * ((n - (window - 1) / 2) / (window // 2)) ** 2) for n in range(window)]
-    return [v / sum(shape) for v in shape]
-
-
-def fixed_point(cell: int, window: int) -> tuple[float, list[float]]:
-    """(steps of the integer sums to one unit of magnitude, one side of the window scaled to them).
-
-    The steps are the largest power of two for which no sum of a cell exceeds 31 bits, and even ones with a window, whose
-    two sides share them.
-    """
-    side = gaussian(window)
-    heaviest = max(sum(side[(j * cell + x) % window] for x in range(cell)) for j in range(window)) if window else cell
-    bits = math.floor(math.log2((2**31 - 1) / (LARGEST * heaviest**2)))
-    bits = bits // 2 * 2 if window else bits
-    return 2.0**bits, [v * 2.0 ** (bits // 2) for v in side]
 
 
 def _root(x: Tensor) -> Tensor:
@@ -155,49 +130,18 @@ def _arrange(dense_BKhw: Tensor, cell: int, stride: int | None, hidden: Tensor |
     return torch.where(fits_BM1, rows_BTD.gather(1, index_BMD), 0.0)
 
 
-def _check(img: Tensor, cell: int, bins: int, window: int, compat: str, std: Triple, dtype: torch.dtype) -> None:
+def _check(img: Tensor, cell: int, stride: int | None, hidden: Tensor | None, dtype: torch.dtype) -> None:
     op = "hog"
-    if compat not in COMPATS:
-        fail(op, "compat", repr(compat), " or ".join(map(repr, COMPATS)), "no other arithmetic is defined")
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    if compat == "integer":
-        because = "its gradients are exact integers; compat='float' takes floating point"
-        check_dtype(op, "img", img, (torch.uint8,), because)
-    check_dtype(op, "img", img, (torch.uint8, *floats), "it holds pixels")
-    check_shape(op, "img", img, (None, 3, None, None), "an image batch is (B, 3, H, W)")
-    H, W = img.shape[2:]
-    if cell < 2:
-        fail(op, "cell", cell, "2 or more", "it is the side of a cell in pixels, and a border is mirrored")
-    if H % cell or W % cell or not H * W:
-        because = f"cells are {cell} x {cell} pixels and none may be cut"
-        fail(op, "img", f"{H} x {W} pixels", f"multiples of {cell}", because)
-    if bins < 1 or (bins != 9 and compat == "integer"):
-        because = "the half-plane tests of the integer rule are those of 9 bins; compat='float' takes any number"
-        fail(op, "bins", bins, "9" if compat == "integer" else "1 or more", because)
-    if window and (not 2 <= window <= MAX_WINDOW or H % window or W % window):
-        because = f"the window is tiled over {H} x {W} pixels and held in registers"
-        fail(op, "gaussian_window", window, f"0, or a divisor of the sides from 2 to {MAX_WINDOW}", because)
-    if not min(std) > 0:
-        fail(op, "std", tuple(std), "three numbers above 0", "pixels are divided by them")
     if dtype not in (torch.float32, torch.bfloat16):
         fail(op, "dtype", str(dtype)[6:], "float32 or bfloat16", "targets are compared with predictions of these types")
-
-
-def _check_layout(img: Tensor, cell: int, stride: int | None, hidden: Tensor | None) -> None:
-    op, (H, W) = "hog", img.shape[2:]
-    if stride is not None and (stride < cell or stride % cell):
-        fail(op, "stride", stride, f"a multiple of {cell}", f"a token is made of whole cells of {cell} pixels")
-    if stride is not None and (H % stride or W % stride):
-        because = f"tokens are {stride} x {stride} pixels and none may be cut"
-        fail(op, "img", f"{H} x {W} pixels", f"multiples of {stride}", because)
+    if stride is not None:
+        _hog.check_stride(op, img, cell, stride)
     if hidden is not None:
         if stride is None:
             fail(op, "stride", None, "the side of a token in pixels", "hidden names tokens")
         because = "rows are picked by index; mask_pack turns a bool map into indices"
         check_dtype(op, "hidden", hidden, (torch.int64,), because)
-        check_shape(
-            op, "hidden", hidden, (len(img), None), f"it holds one row of indices for each of {len(img)} images"
-        )
+        check_shape(op, "hidden", hidden, (len(img), None), f"it holds one row for each of {len(img)} images")
         check_same_device(op, img=img, hidden=hidden)
 
 
@@ -207,7 +151,7 @@ def _why_not(device: str, compat: str, impl: str) -> str | None:
     return why_not_on(impl, device)
 
 
-# contract: one schema and one fake; 8-bit images have no gradient, so there is no autograd. stride 0 is the dense layout
+# contract: one schema and one fake; 8-bit images have no gradient, so there is no autograd. stride 0: the dense layout
 torch.library.define(
     "mimfast::hog",
     "(Tensor img, Tensor? hidden, int cell, bool normalize, int stride, int window, float[] std, ScalarType dtype, "
@@ -227,32 +171,23 @@ def _allocate(img, hidden, cell, normalize, stride, window, std, dtype, impl):  
 @torch.library.impl("mimfast::hog", ("cpu", "cuda"))
 def _run(img, hidden, cell, normalize, stride, window, std, dtype, impl):
     out = _allocate(img, hidden, cell, normalize, stride, window, std, dtype, impl)
+    if out.numel() == 0:
+        return out
     hidden = None if hidden is None else hidden.contiguous()
     if impl == "triton":
         from mimfast.kernels.hog import hog as launch
 
-        launch(img, hidden, cell, normalize, stride, *rule(cell, window, std), out)
+        launch(img, hidden, cell, normalize, stride, *_hog.rule(cell, window, std), out)
     else:
         run_native(_native.core(), impl, img, hidden, cell, normalize, stride, window, std, out)
     return out
 
 
-def rule(cell: int, window: int, std: list[float]) -> tuple[float, list[float], list[float]]:
-    """What the kernels need beside the images: unit, weights, and the factor of raw sums per colour."""
-    unit, weights = fixed_point(cell, window)
-    return unit, weights, [1 / (255 * s * unit) for s in std]
-
-
 def run_native(core, impl, img, hidden, cell, normalize, stride, window, std, out) -> None:
     """Fill `out` with mimfast._core, or the emulated core in tests."""
-    unit, weights, factor = rule(cell, window, std)
-    images = core.HogImages(
-        img=img.data_ptr(), stride=img.stride(), batch=len(img), height=img.shape[2], width=img.shape[3], cell=cell,
-        unit=unit, weight=weights, normalize=normalize, factor=factor,
-    )  # fmt: skip
     call = core.Hog(
-        images=images, side=stride // cell if stride else 1, dense=stride == 0, out=out.data_ptr(),
-        rows=out.shape[2] * out.shape[3] if stride == 0 else out.shape[1], index=_masks.address(hidden),
-        out_bf16=out.dtype == torch.bfloat16,
+        images=_hog.native_images(core, img, cell, normalize, window, std), side=stride // cell if stride else 1,
+        dense=stride == 0, rows=out.shape[2] * out.shape[3] if stride == 0 else out.shape[1],
+        index=_masks.address(hidden), out=out.data_ptr(), out_bf16=out.dtype == torch.bfloat16,
     )  # fmt: skip
     _masks.launch(core, "hog", impl, call, img.device)

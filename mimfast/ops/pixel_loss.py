@@ -157,7 +157,7 @@ def _run_cpu(inputs, upstream, loss, d_pred):
     img = img if img.dtype == torch.uint8 else img.float()
     grid = img.shape[2] // patch, img.shape[3] // patch
     call = core.PixelLoss(
-        rows=_losses.native_rows(pred, hidden, grid[0] * grid[1], kind, beta, upstream, loss, d_pred),
+        rows=_losses.native_rows(core, pred, hidden, grid[0] * grid[1], kind, beta, upstream, loss, d_pred),
         img=img.data_ptr(), img_uint8=img.dtype == torch.uint8, img_stride=img.stride(), grid_cols=grid[1],
         patch=patch, norm=norm, colour_major=order == "cpq", mean=mean, std=std, eps=eps,
     )  # fmt: skip

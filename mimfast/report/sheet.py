@@ -127,8 +127,8 @@ def _glyphs(hog: Tensor, blind: Tensor, side: int) -> Image.Image:
     """Stars of `side` px in the colour of hidden (blind) and of visible cells, on paper."""
     ink_HW1 = stars(hog, side).numpy()[..., None]
     blind_HW1 = blind.repeat_interleave(side, 0).repeat_interleave(side, 1).numpy()[..., None]
-    colour_HW3 = np.where(blind_HW1, np.float32(_BLIND), np.float32(_SEEN))
-    pixels = np.float32(_PAPER) * (1 - ink_HW1) + colour_HW3 * ink_HW1
+    colour_HW3 = np.where(blind_HW1, np.array(_BLIND), np.array(_SEEN))
+    pixels = np.array(_PAPER) * (1 - ink_HW1) + colour_HW3 * ink_HW1
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 

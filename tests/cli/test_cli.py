@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import mimfast
-from mimfast import cli
+from mimfast import cli, recipes
 from mimfast.settings import to_toml
 from mimfast.testing.runs import tiny_recipe, write_images
 
@@ -50,6 +50,30 @@ def test_short_options_hyphens_underscores_and_equals():
     assert _read("mae_photos", "--data.crop-scale", "0.3", "0.5", "--target.norm", "True").data.crop_scale == (0.3, 0.5)
 
 
+def test_lists_and_methods_on_the_command_line(here):
+    words = [
+        "--progress.sizes",
+        "32",
+        "48",
+        "64",
+        "--progress.batch-sizes=8",
+        "4",
+        "2",
+        "--progress.starts",
+        "0",
+        "0.5",
+        "0.8",
+    ]
+    recipe = _read(
+        "fastmim_tiny", *words, "--mask.block", "8", "--optim.schedule", "multistep", "--optim.milestones", "0.9"
+    )
+    assert recipe.progress == recipes.Progress((32, 48, 64), (8, 4, 2), (0.0, 0.5, 0.8))
+    assert (recipe.mask.block, recipe.optim.schedule, recipe.optim.milestones) == (8, "multistep", (0.9,))
+    (here / "c.toml").write_text("recipe = 'simmim_tiny'\n[progress]\nsizes = [64, 128]\n")
+    recipe = _read("--config", "c.toml")
+    assert (recipe.model.method, recipe.progress.sizes) == ("simmim", (64, 128))
+
+
 def test_epochs_on_the_command_line_replace_the_recipes_steps():
     recipe = _read("mae_photos", "--train.epochs", "3")
     assert (recipe.train.steps, recipe.train.epochs) == (None, 3.0)
@@ -76,6 +100,9 @@ def test_a_run_without_recipe_says_which_one_it_uses(capsys):
         (["pretrain", "--steps"], "pretrain: --train.steps has no value"),
         (["pretrain", "--data", "nowhere"], "folder 'nowhere' does not exist"),
         (["pretrain", "--data", "empty"], "folder 'empty' has no images"),
+        (["pretrain", "--mask.block", "16"], "mask.block has 16, expected none because mae has masks of its own kind"),
+        (["pretrain", "fastmim_tiny", "--model.encoder", "vitt"], "encoders.build: name has 'vitt'"),
+        (["pretrain", "fastmim_tiny", "--mask.block", "12"], "FastMIM: block has 12, expected a multiple of 8"),
         (["pretrain", "--mask.ratio", "1"], "mask.ratio has 1.0, expected 0 <= ratio < 1"),
         (["pretrain", "--resume"], "--resume has no run to continue, expected --out DIR"),
         (["pretrain", "--resume", "--out", "empty"], "expected the folder of a run because it holds no config.toml"),
@@ -110,7 +137,18 @@ def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
 def test_help_names_recipes_short_options_and_exit_codes(capsys):
     assert cli.main(["pretrain", "--help"]) == 0
     told = capsys.readouterr().out
-    for word in ("mae_photos", "mae_vit_h", "--batch-size", "130", "143", "--optim.weight-decay", "torchrun"):
+    assert max(len(line) for line in told.splitlines()) <= 120
+    for word in (
+        "mae_photos",
+        "mae_vit_h",
+        "maskfeat_vit_b",
+        "--progress.sizes",
+        "--batch-size",
+        "130",
+        "143",
+        "--optim.weight-decay",
+        "torchrun",
+    ):
         assert word in told
     assert cli.main([]) == 0
     assert "mimfast doctor" in capsys.readouterr().out
