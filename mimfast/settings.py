@@ -207,6 +207,10 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
         (0 <= model.drop_path < 1, "model.drop_path", "0 <= drop_path < 1", "it is a probability"),
         (model.drop_last >= 0, "model.drop_last", "0 or more", "it is a number of blocks"),
     ]
+    if model.window is not None:
+        staged = model.encoder.startswith(("swin_", "swinv2_")) and model.method in ("fastmim", "simmim", "greenmim")
+        rules.append((staged, "model.window", "none", f"{model.method} of {model.encoder} has no windows of one size"))
+        rules.append((model.window > 0, "model.window", "1 or more", "it is a number of tokens"))
     if patch:
         why = f"patches are {patch} px and {size} = {size // patch} * {patch} + {size % patch}"
         rules.append((size % patch == 0, "model.img_size", f"a multiple of {patch}", why))

@@ -1,7 +1,8 @@
 """Swin Transformer with masks inside: hidden patches are not embedded, one vector stands for all of them.
 
-Swin, arXiv:2103.14030; mode "replace": SimMIM, arXiv:2111.09886; "paint": FastMIM, arXiv:2212.06593; "drop": GreenMIM. State-dict
-names are those of the official code, whose buffers are left out and timm's names understood when weights are loaded.
+Swin, arXiv:2103.14030; mode "replace": SimMIM, arXiv:2111.09886; "paint": FastMIM, arXiv:2212.06593; "drop": GreenMIM,
+arXiv:2205.13515. State-dict names are those of the official code, whose buffers are left out and timm's names
+understood when weights are loaded.
 B batch, H W sides in pixels or tokens, L tokens of a map, C width
 """
 
@@ -287,8 +288,9 @@ class Swin(nn.Module):
             mask: over a grid of square cells: of whole pixels for "paint", of whole patches for "replace", over the
                 last map for "drop"; or None.
             mode: "drop": hidden tokens are left out of every map; the mask is one for all images, from `plan`, or
-                planned here when it is on the CPU. "paint": the pixels of hidden cells are of one colour. "replace": `mask_token` stands for their
-                patches, put in after the norm of the patch embedding. Only read with a mask.
+                planned here when it is on the CPU. "paint": the pixels of hidden cells are of one colour. "replace":
+                `mask_token` stands for their patches, put in after the norm of the patch embedding. Only read with a
+                mask.
             colour: (1, 3, 1, 1) in normalised colour space, for "paint".
         Returns:
             (B, T, dim), the tokens of the last map in row-major order, after the final norm; the visible ones of them

@@ -37,6 +37,7 @@ from mimfast.recipes.sections import Score as Score
 from mimfast.recipes.sections import Target as Target
 from mimfast.recipes.sections import Train as Train
 from mimfast.recipes.simmim import simmim_swin_b as simmim_swin_b
+from mimfast.recipes.simmim import simmim_swinv2_b as simmim_swinv2_b
 from mimfast.recipes.simmim import simmim_tiny as simmim_tiny
 from mimfast.recipes.simmim import simmim_vit_b as simmim_vit_b
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 RECIPES = (
     *(mae_photos, mae_digits, mae_small, mae_cifar, mae_vit_b, mae_vit_l, mae_vit_h),
     *(fastmim_tiny, fastmim_vit_b, fastmim_swin_b, fastmim_pvtv2_b2, fastmim_p_vit_b),
-    *(simmim_tiny, simmim_vit_b, simmim_swin_b),
+    *(simmim_tiny, simmim_vit_b, simmim_swin_b, simmim_swinv2_b),
     maskfeat_vit_b,
     *(mixmim_tiny, mixmim_b),
     *(greenmim_tiny, greenmim_swin_b),
@@ -89,6 +90,7 @@ def describe(recipe: Recipe) -> str:
     sizes = {"wide": model.dim, "blocks": model.depth, "heads": model.heads}
     own = [f"{value} {word}" for word, value in sizes.items() if value is not None]
     own += [f"{model.patch} px patches"] if model.patch is not None else []
+    own += [f"windows of {model.window}"] if model.window is not None else []
     own += [f"without its last {model.drop_last} blocks"] if model.drop_last else []
     name = {"vit": "ViT", "beit": "BEiT", "swin": "Swin"}.get(model.encoder, model.encoder)
     return f"{_METHODS[model.method]}, {name}" + (f" ({', '.join(own)})" if own else "")
@@ -125,6 +127,7 @@ def build(recipe: Recipe) -> "nn.Module":
     make = getattr(methods, _METHODS[model.method]).build
     sizes = {name: getattr(model, name) for name in ("dim", "depth", "heads")}
     decoder = {name: getattr(model, name) for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    window = {"attention_window" if model.method == "simmim" else "window": model.window}
     given: dict[str, Any] = {
         "mae": {"norm": target.norm, **decoder},
         "fastmim": {
@@ -141,7 +144,7 @@ def build(recipe: Recipe) -> "nn.Module":
         "greenmim": {"norm": target.norm, **decoder},
     }[model.method]
     # what the recipe leaves open is the method's to choose
-    chosen = {name: value for name, value in {**sizes, **given}.items() if value is not None}
+    chosen = {name: value for name, value in {**sizes, **window, **given}.items() if value is not None}
     return make(model.encoder, model.img_size, model.patch, recipe.mask.ratio, kind=target.kind, **chosen)
 
 

@@ -24,6 +24,8 @@ class Model:
     """Encoder blocks; none: what the encoder's name says."""
     heads: int | None = None
     """Encoder attention heads; none: what the encoder's name says."""
+    window: int | None = None
+    """Side of the attention window in tokens (swin and swinv2); none: shorter side of the crop / 32."""
     decoder_dim: int | None = None
     """Decoder width; none: the method's own, 512 for mae, mixmim and greenmim, 256 for fastmim."""
     decoder_depth: int | None = None

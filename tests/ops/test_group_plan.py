@@ -15,7 +15,7 @@ NATIVE = [name for name in IMPLS if name != "ref"]
 
 def check(plan: GroupPlan, window: torch.Tensor, limit: int) -> None:
     assert plan.slot.unique().numel() == len(window)
-    assert 0 <= plan.slot.min()
+    assert plan.slot.min() >= 0
     assert plan.slot.max() < plan.groups * plan.size
     counts = torch.bincount(window)
     assert counts.max() <= plan.size <= max(int(counts.max()), min(limit, len(window)))
