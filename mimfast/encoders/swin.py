@@ -79,7 +79,7 @@ class WindowAttention(nn.Module):
         if wiring.visible is not None:
             groups = wiring.visible[shifted]
             assert groups is not None  # every stage with shifted blocks has both
-            y = attend_in_groups(qkv, table, groups, self.heads)
+            y = attend_in_groups(qkv, table, groups)
         else:
             shift = shift if shifted else 0
             y = window_attention(qkv.unflatten(1, size), table, window, shift, self.heads, group=wiring.group)
@@ -310,7 +310,7 @@ class Swin(nn.Module):
         Raises:
             UserError: another grid or device, rows that differ.
         """
-        return plan(self.name, mask, self.places, self.depths)
+        return plan(self.name, mask, self.places, self.depths, self.heads)
 
     def _visible(self, img: Tensor, mask: Mask) -> Tensor:
         """(B, K, dim): the visible tokens alone, through all stages."""

@@ -31,11 +31,16 @@ class Place(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Who attends to whom in one map, with or without the shift."""
+    """Who attends to whom in one map, with or without the shift. All int64; vectors are rows of d values.
 
-    there: Tensor  # (G, N) int64, the token of each slot; 0 where there is none
-    back: Tensor  # (T) int64, the slot of each token, g * N + n
-    row: Tensor  # (G, N, N) int64, row of the bias table of (query, key); R: not in one window; R + 1: no tokens
+    A slot without a token reads that of token 0.
+    """
+
+    row: Tensor  # (G, N, N), row of the bias table of (query, key); R: not in one window; R + 1: no tokens
+    there: Tensor  # (3, G, h, N), of (T, 3, h) the vector that comes to each slot
+    back: Tensor  # (T, 3, h), of (3, G, h, N) the vector of each token
+    out: Tensor  # (T, h), of (G, h, N) the result of each token
+    spread: Tensor  # (G, h, N), of (T, h) the result of each slot
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +70,7 @@ class PlannedMask(Mask):
         moved = iter([part.view(t.shape) for part, t in zip(parts, tensors)])
         patches = next(moved)
         groups = tuple(
-            tuple(None if found is None else Groups(next(moved), next(moved), next(moved)) for found in pair)
+            tuple(None if found is None else Groups(*(next(moved) for _ in found)) for found in pair)
             for pair in self.groups
         )
         keep, inverse, hide = (t.expand(len(self.keep), -1) for t in moved)
@@ -75,7 +80,7 @@ class PlannedMask(Mask):
         )  # fmt: skip
 
 
-def plan(op: str, mask: Mask, places: Sequence[Place], depths: Sequence[int]) -> PlannedMask:
+def plan(op: str, mask: Mask, places: Sequence[Place], depths: Sequence[int], heads: Sequence[int]) -> PlannedMask:
     """The mask with its plan.
 
     Args:
@@ -83,6 +88,7 @@ def plan(op: str, mask: Mask, places: Sequence[Place], depths: Sequence[int]) ->
         mask: on the CPU, over the last map, the same for every image.
         places: of the stages.
         depths: blocks of each stage.
+        heads: attention heads of each stage.
     Raises:
         UserError: a mask of another grid or device, or one that differs from image to image.
     """
@@ -96,8 +102,8 @@ def plan(op: str, mask: Mask, places: Sequence[Place], depths: Sequence[int]) ->
         x_T = ((keep_K % columns << levels)[:, None] + right).flatten()
         patches = y_T * place.size[1] + x_T if patches is None else patches
         shifted = place.shift and depths[i] > 1
-        plain = _groups(y_T, x_T, place.size, place.window, 0)
-        groups.append((plain, _groups(y_T, x_T, *place) if shifted else None))
+        plain = _groups(y_T, x_T, place._replace(shift=0), heads[i])
+        groups.append((plain, _groups(y_T, x_T, place, heads[i]) if shifted else None))
     return PlannedMask(
         mask.keep, mask.inverse, mask.hidden, mask.grid, mask.hide, None, mask.frames, tuple(places), patches,
         tuple(groups),
@@ -128,8 +134,9 @@ def inside(levels: int) -> tuple[Tensor, Tensor]:
     return row, column
 
 
-def _groups(y_T: Tensor, x_T: Tensor, size: tuple[int, int], window: int, shift: int) -> Groups:
-    ahead, w = (window - shift) % window, window  # the shift moves the windows, not the tokens
+def _groups(y_T: Tensor, x_T: Tensor, place: Place, heads: int) -> Groups:
+    size, w, shift = place
+    ahead = (w - shift) % w  # the shift moves the windows, not the tokens
     down, across = ((side + ahead - 1) // w + 1 for side in size)
     window_T = (y_T + ahead) // w * across + (x_T + ahead) // w
     # GreenMIM: up to twice a window's tokens, it may be one group
@@ -141,39 +148,37 @@ def _groups(y_T: Tensor, x_T: Tensor, size: tuple[int, int], window: int, shift:
     row_GNN = _apart(y_GN) + w - 1
     row_GNN = row_GNN * (2 * w - 1) + _apart(x_GN) + w - 1
     row_GNN = torch.where(_apart(window_GN) == 0, row_GNN, rows)
-    return Groups(there_GN, slot_T, torch.where((empty_GN[:, :, None] & empty_GN[:, None]), rows + 1, row_GNN))
+    row_GNN = torch.where(empty_GN[:, :, None] & empty_GN[:, None], rows + 1, row_GNN)
+    # sorted as attention wants them, so that one copy brings them there
+    part, head = torch.arange(3), torch.arange(heads)
+    there_3GhN = (there_GN[:, None] * 3 + part[:, None, None, None]) * heads + head[:, None]
+    out_Th = ((slot_T // length)[:, None] * heads + head) * length + (slot_T % length)[:, None]
+    back_T3h = part[:, None] * (groups * heads * length) + out_Th[:, None]
+    return Groups(row_GNN, there_3GhN, back_T3h, out_Th, there_GN[:, None] * heads + head[:, None])
 
 
 def _apart(at_GN: Tensor) -> Tensor:
     return at_GN[:, :, None] - at_GN[:, None]
 
 
-def attend_in_groups(qkv: Tensor, table: Tensor, groups: Groups, heads: int) -> Tensor:
+def attend_in_groups(qkv: Tensor, table: Tensor, groups: Groups) -> Tensor:
     """Attention inside windows of visible tokens.
 
     Args:
         qkv: (B, T, 3 C), packed [q | k | v].
         table: (R, h), bias of each offset.
-        groups: of this map and shift.
-        heads: h.
+        groups: of this map, shift and number of heads.
     Returns:
         (B, T, C), heads merged.
     """
-    (B, T, E), (G, N), device = qkv.shape, groups.there.shape, qkv.device
-    # rows of d values, sorted as attention wants them in one copy: [q, k, v], group, head, slot
-    part, head = torch.arange(3, device=device), torch.arange(heads, device=device)
-    there = (groups.there[:, None] * 3 + part[:, None, None, None]) * heads + head[:, None]
-    group_T, slot_T = groups.back // N, groups.back % N
-    out_Th = (group_T[:, None] * heads + head) * N + slot_T[:, None]
-    back_T3h = part[:, None] * (G * heads * N) + out_Th[:, None]
-    x = Moved.apply(qkv.view(B, T * 3 * heads, -1), there.flatten(), back_T3h.flatten())
-    q, k, v = x.view(B, 3, G * heads, N, -1).unbind(1)
-    ends = table.new_tensor([float("-inf"), 0.0])[:, None].expand(-1, heads)
-    bias_GNNh = F.embedding(groups.row, torch.cat([table, ends]))
-    bias = bias_GNNh.permute(0, 3, 1, 2).reshape(1, G * heads, N, N).to(q.dtype)
+    (B, T, E), (G, h, N) = qkv.shape, groups.spread.shape
+    x = Moved.apply(qkv.view(B, T * 3 * h, -1), groups.there.flatten(), groups.back.flatten())
+    q, k, v = x.view(B, 3, G * h, N, -1).unbind(1)
+    ends = table.new_full((1, h), float("-inf")), table.new_zeros(1, h)
+    bias_GNNh = F.embedding(groups.row, torch.cat([table, *ends]))
+    bias = bias_GNNh.permute(0, 3, 1, 2).reshape(1, G * h, N, N).to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, bias).flatten(1, 2)
-    from_out = (groups.there[:, None] * heads + head[:, None]).flatten()
-    return Moved.apply(out, out_Th.flatten(), from_out).view(B, T, E // 3)
+    return Moved.apply(out, groups.out.flatten(), groups.spread.flatten()).view(B, T, E // 3)
 
 
 class Moved(torch.autograd.Function):

@@ -121,9 +121,18 @@ def test_groups_hold_every_token_once_and_few_others() -> None:
         for plain, shifted in swin.plan(shared(1)).groups[:2]:
             for groups in (plain, shifted):
                 assert groups is not None
-                assert torch.equal(groups.there.flatten()[groups.back], torch.arange(len(groups.back)))
-                slots, tokens = slots + groups.there.numel(), tokens + len(groups.back)
+                for there, back in ((groups.there, groups.back), (groups.spread, groups.out)):
+                    assert torch.equal(there.flatten()[back.flatten()], torch.arange(back.numel()))
+                slots, tokens = slots + groups.there.numel(), tokens + groups.back.numel()
     assert tokens / slots > 0.9
+
+
+def test_traces_without_graph_breaks() -> None:
+    """A look at a tensor's values, which waits for the device, would break the graph."""
+    swin, img = tiny(64, depths=(2, 0), heads=(1, 2)), torch.randn(2, 3, 64, 64)
+    planned = swin.plan(shared(2, (8, 8)))
+    compiled = torch.compile(swin, backend="eager", fullgraph=True, dynamic=False)
+    assert torch.allclose(compiled(img, planned, "drop"), swin(img, planned, "drop"), atol=1e-6)
 
 
 def test_autocast_and_drop_path() -> None:
