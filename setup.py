@@ -92,6 +92,7 @@ setup(
     packages=[
         "mimfast",
         "mimfast.data",
+        "mimfast.dropin",
         "mimfast.encoders",
         "mimfast.kernels",
         "mimfast.methods",

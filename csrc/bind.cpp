@@ -8,6 +8,7 @@
 #include <sstream>
 #include <string>
 
+#include "group_plan.h"
 #include "hog.h"
 #include "hog_loss.h"
 #include "local_norm.h"
@@ -314,6 +315,14 @@ PYBIND11_MODULE(_core, m) {
            py::arg("log_low"), py::arg("log_high"), py::arg("exact"), py::arg("seed"), py::arg("hidden"));
   m.def("mask_blockwise_cpu", &mimfast::mask_blockwise_cpu, py::arg("call"), py::arg("threads"), release_gil());
   m.attr("MASK_PLAN_MAX_UNITS_CUDA") = mimfast::kMaskPlanMaxUnitsCuda;
+
+  m.def(
+      "group_plan_cpu",
+      [](uintptr_t window, int64_t tokens, int64_t windows, int64_t limit, int64_t overhead, uintptr_t slot) {
+        return mimfast::group_plan_cpu(at<const int64_t>(window), tokens, windows, limit, overhead, at<int64_t>(slot));
+      },
+      py::arg("window"), py::arg("tokens"), py::arg("windows"), py::arg("limit"), py::arg("overhead"), py::arg("slot"),
+      release_gil());
 
   py::class_<mimfast::PatchGather>(m, "PatchGather", py::module_local(), "One call, as in csrc/patch_gather.h.")
       .def(py::init(&make_patch_gather), py::kw_only(), py::arg("img"), py::arg("img_type"), py::arg("stride"),

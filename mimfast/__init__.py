@@ -9,14 +9,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mimfast.dropin import accelerate as accelerate
+    from mimfast.dropin import restore as restore
     from mimfast.layouts import export as export
     from mimfast.layouts import load as load
     from mimfast.mask import Mask as Mask
 
-_PUBLIC = {"Mask": "mimfast.mask", "load": "mimfast.layouts", "export": "mimfast.layouts"}
+_PUBLIC = {
+    "Mask": "mimfast.mask",
+    "accelerate": "mimfast.dropin",
+    "export": "mimfast.layouts",
+    "load": "mimfast.layouts",
+    "restore": "mimfast.dropin",
+}
 _MODULES = ("ops", "encoders", "methods", "decoders", "targets", "data", "train", "recipes")
 
-__all__ = ["Mask", "__version__", "export", "load"]
+__all__ = ["Mask", "__version__", "accelerate", "export", "load", "restore"]
 
 
 def __getattr__(name: str) -> Any:

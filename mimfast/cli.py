@@ -152,8 +152,8 @@ def _export(rest: list[str]) -> int:
         Args:
             source: A run folder (its newest checkpoint is used) or a file of weights.
             out: A .safetensors file for timm, a folder for hf, a .pth or .safetensors file for the others.
-            layout: timm: encoder for timm; hf: folder for Hugging Face's ViTMAE; mae, fastmim, simmim, maskfeat: that
-                method under the names of its authors' repository.
+            layout: timm: encoder for timm; hf: folder for Hugging Face's ViTMAE; mae, fastmim, simmim, maskfeat,
+                mixmim, greenmim: that method under the names of its authors' repository.
         """
         newest = checkpoint.newest(source / "checkpoints", lambda text: print(f"warning: {text}", file=sys.stderr))
         model = layouts.load(newest / "model.safetensors" if newest is not None else source)

@@ -28,6 +28,7 @@ class ViTDecoder(nn.Module):
         depth: number of blocks.
         heads: attention heads.
         mlp_ratio: width of the MLP over D.
+        class_token: whether a class token comes before the visible patches.
     Attributes:
         out_dim: P.
         wants_features: False: it takes the encoder's result.
@@ -44,6 +45,7 @@ class ViTDecoder(nn.Module):
         depth: int = 8,
         heads: int = 16,
         mlp_ratio: float = 4.0,
+        class_token: bool = True,
     ) -> None:
         super().__init__()
         check_heads("ViTDecoder", dim, heads)
@@ -55,9 +57,9 @@ class ViTDecoder(nn.Module):
             depth,
             heads,
         )
-        self.mlp_ratio, self.out_dim = mlp_ratio, patch * patch * 3
+        self.mlp_ratio, self.out_dim, self.prefix = mlp_ratio, patch * patch * 3, int(class_token)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(sincos_2d(dim, grid), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_2d(dim, grid)[:, 1 - self.prefix :], requires_grad=False)
         self.embed = nn.Linear(encoder_dim, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=EPS)
@@ -80,7 +82,8 @@ class ViTDecoder(nn.Module):
         The last block computes the given patches only: nothing after it looks at the others. The result is the same.
 
         Args:
-            tokens: (B, 1 + K, encoder_dim), class token first, then the visible patches ascending.
+            tokens: (B, 1 + K, encoder_dim), class token first, then the visible patches ascending; (B, K, encoder_dim)
+                without a class token.
             mask: the one the encoder saw.
             rows: (B, M) int64, distinct patches, or None for all.
         Returns:
@@ -89,18 +92,83 @@ class ViTDecoder(nn.Module):
             UserError: tokens of another shape, a mask over another grid, batch or device.
         """
         check_mask("ViTDecoder", mask, self.grid, tokens)
-        reason = f"one class token and {mask.visible} visible patches"
-        check_shape("ViTDecoder", "tokens", tokens, (None, 1 + mask.visible, self.encoder_dim), reason)
+        reason = f"{'one class token and ' if self.prefix else ''}{mask.visible} visible patches"
+        check_shape("ViTDecoder", "tokens", tokens, (None, self.prefix + mask.visible, self.encoder_dim), reason)
         x_BKD = linear(tokens, self.embed.weight, self.embed.bias)
-        x_BTD = patch_unshuffle(x_BKD, self.mask_token, mask.inverse, self.pos_embed)
+        x_BTD = patch_unshuffle(x_BKD, self.mask_token, mask.inverse, self.pos_embed, prefix=self.prefix)
+        rows = None if rows is None else rows + self.prefix
         if rows is not None and len(self.blocks) == 0:
-            x_BTD = take(x_BTD, rows + 1)
+            x_BTD = take(x_BTD, rows)
         for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1
-            x_BTD = block(x_BTD, rows=rows + 1 if last and rows is not None else None)
+            x_BTD = block(x_BTD, rows=rows if i == len(self.blocks) - 1 else None)
         if rows is None:
-            x_BTD = x_BTD[:, 1:]
-        return linear(self.norm(x_BTD), self.pred.weight, self.pred.bias)
+            x_BTD = x_BTD[:, self.prefix :]
+        return self.head(x_BTD)
+
+    def head(self, x: Tensor) -> Tensor:
+        """The prediction from what the blocks give, (..., D) to (..., P)."""
+        return linear(self.norm(x), self.pred.weight, self.pred.bias)
+
+
+class DualDecoder(ViTDecoder):
+    """MixMIM's decoder: both images of a mixture from their own tokens. arXiv:2205.13137, section 3.2.
+
+    Two sequences come from a mixture: in the first a mask token stands for every hidden token, in the second for every
+    visible one. Of each only what comes from mask tokens is predicted, and so every patch of every image once: image i
+    from the first sequence of mixture i where mask i hides it, and from the second of mixture B - 1 - i elsewhere.
+
+    Args:
+        encoder_dim, grid, patch, dim, depth, heads, mlp_ratio: as of `ViTDecoder`.
+    """
+
+    def __init__(
+        self,
+        encoder_dim: int,
+        grid: tuple[int, int],
+        patch: int,
+        dim: int = 512,
+        depth: int = 8,
+        heads: int = 16,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__(encoder_dim, grid, patch, dim, depth, heads, mlp_ratio, class_token=False)
+
+    def rows(self, mask: Mask) -> Tensor:
+        """(B, L) int64: the patches of each image in the order in which `forward` predicts them."""
+        if mask.cu_seqlens is not None:
+            because = "both sequences of a batch have one length"
+            fail("DualDecoder", "mask", "images that hide different numbers of patches", "equal numbers", because)
+        return torch.cat([mask.hide, mask.keep.flip(0)], 1)
+
+    def forward(self, tokens: Tensor, mask: Mask, rows: Tensor | None = None) -> Tensor:
+        """Predict every patch of every image.
+
+        Args:
+            tokens: (B, L, encoder_dim), mixtures as `MixSwin` gives them.
+            mask: the one the encoder saw, with row B - 1 - i equal to row i: they are two mixtures of the same images.
+            rows: None for image order, or what `rows` gives, which is faster: the last block computes only what is
+                predicted.
+        Returns:
+            (B, L, P).
+        Raises:
+            UserError: tokens of another shape, a mask over another grid, batch or device.
+        """
+        check_mask("DualDecoder", mask, self.grid, tokens)
+        L = self.grid[0] * self.grid[1]
+        check_shape("DualDecoder", "tokens", tokens, (None, L, self.encoder_dim), "each patch has one, of either image")
+        x_BLD = linear(tokens, self.embed.weight, self.embed.bias)
+        hidden_BL1, token_11D = mask.hidden[..., None], self.mask_token.to(x_BLD.dtype)
+        pair = [torch.where(hidden_BL1, token_11D, x_BLD), torch.where(hidden_BL1, x_BLD, token_11D)]
+        x_2BLD = torch.cat(pair) + self.pos_embed
+        for block in self.blocks if rows is None else self.blocks[:-1]:
+            x_2BLD = block(x_2BLD)
+        first_BLD, second_BLD = x_2BLD.chunk(2)
+        if rows is None:
+            return self.head(torch.where(hidden_BL1, first_BLD, second_BLD.flip(0)))
+        last: Any = self.blocks[-1] if self.blocks else take
+        M = mask.hide.shape[1]
+        first_BMD, second_BKD = last(first_BLD, rows[:, :M]), last(second_BLD, rows[:, M:].flip(0))
+        return self.head(torch.cat([first_BMD, second_BKD.flip(0)], 1))
 
 
 class CrossBlock(nn.Module):

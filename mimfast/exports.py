@@ -14,18 +14,28 @@ from mimfast.decoders import ViTDecoder
 from mimfast.encoders import pvt_names
 from mimfast.encoders.beit import BEiT
 from mimfast.encoders.beit_names import fine_tuning_names
+from mimfast.encoders.mixswin import MixSwin
 from mimfast.encoders.swin import Swin
 from mimfast.encoders.swin_names import timm_names
 from mimfast.encoders.timm import Timm
 from mimfast.encoders.vit import EPS, ViT
 from mimfast.methods.fastmim import FastMIM
+from mimfast.methods.greenmim import GreenMIM
 from mimfast.methods.mae import MAE
 from mimfast.methods.maskfeat import MaskFeat
+from mimfast.methods.mixmim import MixMIM
 from mimfast.methods.simmim import SimMIM
 
-Layout = Literal["timm", "hf", "mae", "fastmim", "simmim", "maskfeat"]
-LAYOUTS = ("timm", "hf", "mae", "fastmim", "simmim", "maskfeat")
-METHODS = {"mae": MAE, "fastmim": FastMIM, "simmim": SimMIM, "maskfeat": MaskFeat}
+Layout = Literal["timm", "hf", "mae", "fastmim", "simmim", "maskfeat", "mixmim", "greenmim"]
+METHODS = {
+    "mae": MAE,
+    "fastmim": FastMIM,
+    "simmim": SimMIM,
+    "maskfeat": MaskFeat,
+    "mixmim": MixMIM,
+    "greenmim": GreenMIM,
+}
+LAYOUTS = ("timm", "hf", *METHODS)
 
 
 def export(model: nn.Module, path: str | os.PathLike[str], layout: Layout = "timm") -> Path:
@@ -36,8 +46,8 @@ def export(model: nn.Module, path: str | os.PathLike[str], layout: Layout = "tim
         path: "timm": a .safetensors file of the encoder that loads strictly into timm's model with num_classes=0
             (VisionTransformer, SwinTransformer, Beit with global_pool="token", or the model inside `Timm`).
             "hf": a folder with config.json and model.safetensors for ViTMAEForPreTraining (MAE) or ViTMAEModel (ViT).
-            "mae", "fastmim", "simmim", "maskfeat": a .pth file {"model": the authors' names}, or .safetensors with the
-            same names, of that method; "mae" also of a ViT.
+            "mae", "fastmim", "simmim", "maskfeat", "mixmim", "greenmim": a .pth file {"model": the authors' names}, or
+            .safetensors with the same names, of that method; "mae" also of a ViT, "mixmim" of a MixSwin.
         layout: as above.
     Returns:
         the path.
@@ -71,7 +81,7 @@ def _refuse(model: nn.Module, layout: str, wanted: str) -> NoReturn:
 def _official(model: nn.Module, layout: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and values of a method under its authors' names."""
     kind, found = METHODS[layout], cast(Any, model)
-    if layout == "mae" and isinstance(model, ViT):
+    if (layout == "mae" and isinstance(model, ViT)) or (layout == "mixmim" and isinstance(model, MixSwin)):
         return model.state_dict(), model.config
     if not isinstance(model, kind) or not isinstance(model.encoder, (ViT, BEiT, Swin, Timm)):
         _refuse(model, layout, "a MAE over a ViT, or a ViT" if layout == "mae" else f"a {kind.__name__}")
@@ -90,6 +100,9 @@ def _timm(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     encoder: Any = getattr(model, "encoder", model)
     if not isinstance(encoder, (ViT, BEiT, Swin, Timm)):
         _refuse(model, "timm", "a method or an encoder of ours")
+    if isinstance(encoder, MixSwin):
+        reason = "timm's Swin has shifts and no positions; the layout 'mixmim' keeps all of it"
+        fail("export", "model", "a MixSwin", "an encoder that timm has", reason)
     state, config = encoder.state_dict(), dict(encoder.config)
     if state.pop("mask_token", None) is not None:
         config["mask_token"] = False

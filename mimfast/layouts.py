@@ -17,6 +17,7 @@ from mimfast._check import UserError
 from mimfast.decoders import ViTDecoder
 from mimfast.encoders import relative
 from mimfast.encoders.positions import sincos_2d
+from mimfast.encoders.swin import Swin
 from mimfast.encoders.tables import geometric_resize
 from mimfast.encoders.vit import EPS, ViT
 from mimfast.exports import LAYOUTS as LAYOUTS
@@ -28,6 +29,7 @@ from mimfast.targets import Pixels
 
 log = logging.getLogger("mimfast")
 
+FIXED = ("absolute_pos_embed", "decoder_pos_embed")  # sines and cosines
 DECODER_HEADS = {512: 16}
 
 
@@ -72,9 +74,9 @@ def load(
     """Build the method (when the source has a decoder) or the encoder (when not) of a checkpoint, with its weights.
 
     Recognised: our own runs and exports, official MAE files (encoder only or full), timm's ViTs, Hugging Face's ViTMAE
-    (folder, file or state dict); official FastMIM (ViT, Swin, PVTv2), SimMIM (Swin, ViT) and MaskFeat; BEiT, Swin and
-    PVTv2 of their authors and of timm. The result carries a `load_report` (`LoadReport`), logged at INFO under
-    "mimfast". Nothing in a file is executed.
+    (folder, file or state dict); official FastMIM (ViT, Swin, PVTv2), SimMIM (Swin, ViT), MaskFeat, MixMIM and
+    GreenMIM; BEiT, Swin and PVTv2 of their authors and of timm. The result carries a `load_report` (`LoadReport`),
+    logged at INFO under "mimfast". Nothing in a file is executed.
 
     Args:
         source: file, folder, state dict, or checkpoint object that holds one.
@@ -86,7 +88,7 @@ def load(
         norm: whether the target is standardised per patch; overrides the source, True when nothing says.
         ratio: mask ratio; overrides the source, 0.75 when nothing says.
     Returns:
-        `MAE`, `FastMIM`, `SimMIM`, `MaskFeat`, or the encoder, fp32 on the CPU, in training mode.
+        `MAE`, `FastMIM`, `SimMIM`, `MaskFeat`, `MixMIM`, `GreenMIM`, or the encoder, fp32 on the CPU, in training mode.
     Raises:
         UserError: a source that is missing, empty, damaged, of no known layout, inconsistent, or that asks for code.
     Warns:
@@ -218,6 +220,11 @@ def _fitted(state: dict[str, Tensor], model: nn.Module, notes: list[str]) -> dic
     wanted, found = model.state_dict(), dict(state)
     for key, value in state.items():
         name, new = key.rpartition(".")[2], wanted.get(key)
+        if name in FIXED and isinstance(encoder, Swin) and new is not None and new.shape != value.shape:
+            found[key] = new
+            if "made the positions anew for the image size" not in notes:
+                notes.append("made the positions anew for the image size")
+            continue
         if name not in (TABLE, "pos_embed") or new is None or new.shape == value.shape or new.ndim != value.ndim:
             continue
         if name == "pos_embed":

@@ -274,6 +274,20 @@ class Mask:
         B, tokens = self.hidden.shape
         return torch.arange(B + 1, dtype=torch.int32, device=self.hidden.device) * tokens - self.cu_seqlens
 
+    def expand(self, batch: int) -> Mask:
+        """The mask of one image for each of `batch` images: views of its row, nothing is copied."""
+        if self.cu_seqlens is not None or self.hidden.shape[0] != 1:
+            fail("Mask.expand", "batch", f"{self.hidden.shape[0]} in the mask", 1, "one row is repeated")
+        keep, inverse, hidden, hide = (t.expand(batch, -1) for t in (self.keep, self.inverse, self.hidden, self.hide))
+        return Mask(keep, inverse, hidden, self.grid, hide, None, self.frames)
+
+    def rows(self, index: Tensor) -> Mask:
+        """The masks of other images in the order of `index`, (B,) int64; not of a packed mask."""
+        if self.cu_seqlens is not None:
+            fail("Mask.rows", "mask", "packed lists", "as many visible tokens in every image", "rows are picked whole")
+        keep, inverse, hidden, hide = (t[index] for t in (self.keep, self.inverse, self.hidden, self.hide))
+        return Mask(keep, inverse, hidden, self.grid, hide, None, self.frames)
+
     def to(self, device: torch.device | str) -> Mask:
         """The same mask on another device."""
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)

@@ -18,6 +18,7 @@ from mimfast.encoders.beit_names import SHARED
 from mimfast.encoders.swin_names import official_names
 
 TABLE = "relative_position_bias_table"
+FIRST_STAGED = "layers.0.blocks.0.attn.qkv.weight"
 OWN_TABLE = f"attn.{TABLE}"
 # what some files hold beside weights
 BUFFERS = re.compile(r"hogs\..*|(.*\.)?(relative_position_index|relative_coords_table|attn_mask|k_bias)")
@@ -80,6 +81,10 @@ def _method(state: Mapping[str, Tensor]) -> str | None:
     token = state.get("mask_token")
     if "decoder_pred.weight" in state and token is not None and tuple(token.shape) == (1, 3, 1, 1):
         return "FastMIM"
+    if "decoder_pred.weight" in state and f"encoder.{FIRST_STAGED}" in state:
+        return "GreenMIM"
+    if "decoder_pred.weight" in state and FIRST_STAGED in state:
+        return "MixMIM"
     return None
 
 
@@ -92,8 +97,8 @@ def _backbone(state: Mapping[str, Tensor], prefix: str) -> str | None:
         fail("load", "source", "the weights of a CMT", "a ViT, BEiT, Swin or PVTv2", reason)
     if has("patch_embed1.proj.weight") or has("stages.0.blocks.0.attn.kv.weight"):
         return "pvt"
-    if has("layers.0.blocks.0.attn.qkv.weight"):
-        return "swin"
+    if has(FIRST_STAGED):
+        return "mixswin" if has("absolute_pos_embed") else "swin"
     if has("blocks.0.attn.q_bias"):
         return "beit"
     return "vit" if has("blocks.0.attn.qkv.weight") else None
@@ -102,7 +107,7 @@ def _backbone(state: Mapping[str, Tensor], prefix: str) -> str | None:
 def _ours(state: Mapping[str, Tensor], prefix: str, kind: str | None) -> dict[str, Tensor]:
     """The state under the names of our modules, without what is computed from the sizes."""
     found = {key: value for key, value in state.items() if not BUFFERS.fullmatch(key)}
-    if kind == "swin":
+    if kind in ("swin", "mixswin"):
         return official_names(found, prefix)
     if kind == "pvt":
         return {
@@ -200,6 +205,20 @@ def _swin(weights: Weights, prefix: str, given: Given, method: str | None) -> di
     }
 
 
+def _mixswin(weights: Weights, prefix: str, given: Given, method: str | None) -> dict[str, Any]:
+    found = _swin(weights, prefix, given, method)
+    stages, patches = len(found["depths"]), weights.state[f"{prefix}absolute_pos_embed"].shape[1]
+    windows = [_window(weights, f"{prefix}layers.{i}.blocks.0.attn.") for i in range(stages)]
+    own = square_size(patches, 4)
+    last = own[0] // (4 * 2 ** (stages - 1))
+    usual = [min(2 * last, last * 2 ** (stages - 1 - i)) for i in range(stages)]
+    # another size gets the windows that go with it
+    kept = windows if windows != usual and given.img_size in (None, own) else None
+    token = found["mask_token"] and method is None  # the method's own has the same name
+    size = list(given.img_size or own)
+    return found | {"name": "mixswin", "img_size": size, "window": kept, "mask_token": token}
+
+
 def _window(weights: Weights, attn: str) -> int:
     """Side of the window, from the table or what is stored beside weights."""
     state = weights.state
@@ -259,6 +278,34 @@ def _simmim(weights: Weights, encoder: dict[str, Any], kind: str, given: Given) 
     return {"method": "SimMIM", "encoder": encoder, "target": target, "ratio": ratio, "block": block}
 
 
+def _mixmim(weights: Weights, encoder: dict[str, Any], kind: str, given: Given) -> dict[str, Any]:  # noqa: ARG001
+    ratio = first_known("ratio", 0.5, weights.notes, given.ratio, weights.args.get("mask_ratio"))
+    return {"method": "MixMIM", "encoder": encoder, **_pixel_decoder(weights, given), "ratio": ratio, "shared": True}
+
+
+def _greenmim(weights: Weights, encoder: dict[str, Any], kind: str, given: Given) -> dict[str, Any]:  # noqa: ARG001
+    stride = 4 * 2 ** (len(encoder["depths"]) - 1)
+    size = given.img_size or square_size(weights.state["decoder_pos_embed"].shape[1], stride)
+    window = _window(weights, "encoder.layers.0.blocks.0.attn.")
+    encoder = encoder | {"img_size": list(size), "window": None if min(size) == window * stride else window}
+    ratio = first_known("ratio", 0.75, weights.notes, given.ratio, weights.args.get("mask_ratio"))
+    return {"method": "GreenMIM", "encoder": encoder, **_pixel_decoder(weights, given), "ratio": ratio}
+
+
+def _pixel_decoder(weights: Weights, given: Given) -> dict[str, Any]:
+    """Decoder and target of methods that predict pixels as MAE does."""
+    state, width = weights.state, weights.state["decoder_embed.weight"].shape[0]
+    fc1 = state.get("decoder_blocks.0.mlp.fc1.weight")
+    decoder = {
+        "dim": width,
+        "depth": count(state, r"decoder_blocks\.(\d+)\."),
+        "heads": given.decoder_heads or max(1, width // 32),
+        "mlp_ratio": 4.0 if fc1 is None else fc1.shape[0] / width,
+    }
+    norm = first_known("norm", True, weights.notes, given.norm, weights.args.get("norm_pix_loss"))
+    return {"decoder": decoder, "target": {"type": "Pixels", "norm": norm}}
+
+
 def _maskfeat(weights: Weights, encoder: dict[str, Any], kind: str, given: Given) -> dict[str, Any]:  # noqa: ARG001
     ratio = first_known("ratio", 0.4, weights.notes, given.ratio)
     return {"method": "MaskFeat", "encoder": encoder, "target": {"type": "HOG"}, "ratio": ratio, "min_block": 15}
@@ -286,6 +333,12 @@ def square_size(patches: int, patch: int) -> tuple[int, int]:
     return (side * patch, side * patch)
 
 
-_FAMILY = {"vit": "ViT", "beit": "BEiT", "swin": "official or timm Swin", "pvt": "PVTv2"}
-_ENCODERS = {"vit": _vit, "beit": _beit, "swin": _swin, "pvt": _pvt}
-_METHOD = {"FastMIM": _fastmim, "SimMIM": _simmim, "MaskFeat": _maskfeat}
+_FAMILY = {"vit": "ViT", "beit": "BEiT", "swin": "official or timm Swin", "mixswin": "MixMIM", "pvt": "PVTv2"}
+_ENCODERS = {"vit": _vit, "beit": _beit, "swin": _swin, "mixswin": _mixswin, "pvt": _pvt}
+_METHOD = {
+    "FastMIM": _fastmim,
+    "SimMIM": _simmim,
+    "MaskFeat": _maskfeat,
+    "MixMIM": _mixmim,
+    "GreenMIM": _greenmim,
+}

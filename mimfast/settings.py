@@ -207,6 +207,10 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
         (0 <= model.drop_path < 1, "model.drop_path", "0 <= drop_path < 1", "it is a probability"),
         (model.drop_last >= 0, "model.drop_last", "0 or more", "it is a number of blocks"),
     ]
+    if model.window is not None:
+        staged = model.encoder.startswith(("swin_", "swinv2_")) and model.method in ("fastmim", "simmim", "greenmim")
+        rules.append((staged, "model.window", "none", f"{model.method} of {model.encoder} has no windows of one size"))
+        rules.append((model.window > 0, "model.window", "1 or more", "it is a number of tokens"))
     if patch:
         why = f"patches are {patch} px and {size} = {size // patch} * {patch} + {size % patch}"
         rules.append((size % patch == 0, "model.img_size", f"a multiple of {patch}", why))
@@ -223,8 +227,11 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
 def _method_rules(recipe: Recipe) -> list[_Rule]:
     """Rules against settings that a method would not look at."""
     model, mask, target, method = recipe.model, recipe.mask, recipe.target, recipe.model.method
-    masked = "mae" if method == "mae" else "maskfeat" if method == "maskfeat" else ""
-    whats = {"mae": ("pixels",), "fastmim": ("hog", "pixels"), "simmim": ("pixels", "local"), "maskfeat": ("hog",)}
+    masked = method if method in ("mae", "maskfeat", "mixmim", "greenmim") else ""
+    whats = {
+        "mae": ("pixels",), "fastmim": ("hog", "pixels"), "simmim": ("pixels", "local"), "maskfeat": ("hog",),
+        "mixmim": ("pixels",), "greenmim": ("pixels",),
+    }  # fmt: skip
     predicts = whats[method] if target.what is None else (target.what,)
     rules: list[_Rule] = [
         (
@@ -249,7 +256,9 @@ def _method_rules(recipe: Recipe) -> list[_Rule]:
     ]
     for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
         bare = getattr(model, name) is None
-        rules.append((method in ("mae", "fastmim") or bare, f"model.{name}", "none", f"{method} has no decoder"))
+        rules.append(
+            (method not in ("simmim", "maskfeat") or bare, f"model.{name}", "none", f"{method} has no decoder")
+        )
     return rules
 
 
@@ -285,7 +294,12 @@ def _schedule_rules(recipe: Recipe) -> list[_Rule]:
     return [
         *rules,
         (all(size > 0 for size in sizes), "progress.sizes", "positive numbers", "they are sides of crops in pixels"),
-        (model.method != "mae", "progress.sizes", "none", "MAE's encoder sees one size; fastmim follows a schedule"),
+        (
+            model.method not in ("mae", "mixmim", "greenmim"),
+            "progress.sizes",
+            "none",
+            f"{'MAE' if model.method == 'mae' else model.method}'s encoder sees one size; fastmim follows a schedule",
+        ),
         (model.img_size == sizes[-1], "model.img_size", str(sizes[-1]), "it is the last of progress.sizes"),
         (len(batches) in (0, count), "progress.batch_sizes", f"{count} numbers or none", f"there are {count} stages"),
         (all(batch > 0 for batch in batches), "progress.batch_sizes", "1 or more", "a step needs images"),

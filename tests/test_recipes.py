@@ -66,6 +66,8 @@ def test_small_recipes_of_other_methods_build_and_step(name):
         (recipes.simmim_vit_b, 4e-4, 10, (0.9, 0.999), 5.0),
         (recipes.simmim_swin_b, 4e-4, 10, (0.9, 0.999), 5.0),
         (recipes.maskfeat_vit_b, 1.6e-3, 30, (0.9, 0.999), 0.02),
+        (recipes.mixmim_b, 1.2e-3, 40, (0.9, 0.95), None),
+        (recipes.greenmim_swin_b, 2.4e-3, 40, (0.9, 0.95), None),
     ],
 )
 def test_official_rates(make, peak, warmup, betas, clip):
@@ -110,6 +112,19 @@ def test_an_official_fastmim_has_the_published_shapes():
         ("simmim", {"target.norm": False, "model.decoder_depth": 2}, "model.decoder_depth has 2, expected none"),
         ("maskfeat", {"target.norm": False}, "target.norm has False, expected True"),
         ("maskfeat", {"mask.block": 16}, "mask.block has 16, expected none because maskfeat has masks of its own kind"),
+        ("mae", {"model.window": 7}, "model.window has 7, expected none because mae of vit_b16 has no windows of one"),
+        ("greenmim", {"mask.block": 32}, "mask.block has 32, expected none because greenmim has masks of its own kind"),
+        ("mixmim", {"mask.block": 32}, "mask.block has 32, expected none because mixmim has masks of its own kind"),
+        (
+            "mixmim",
+            {"target.what": "hog"},
+            "target.what has 'hog', expected pixels because mixmim predicts nothing else",
+        ),
+        (
+            "mixmim",
+            {"progress.sizes": [64, 224]},
+            "progress.sizes has (64, 224), expected none because mixmim's encoder sees one size",
+        ),
         ("maskfeat", {"model.drop_last": 1}, "model.drop_last has 1, expected 0 because maskfeat leaves no blocks out"),
     ],
 )
@@ -120,7 +135,31 @@ def test_a_setting_that_a_method_would_not_look_at_is_refused(method, given, mes
     assert message in str(told.value)
 
 
+def test_swinv2_has_its_published_windows_and_target():
+    with torch.device("meta"):
+        method = recipes.build(recipes.simmim_swinv2_b())
+    assert [place.window for place in method.encoder.places] == [12, 12, 12, 6]
+    assert (type(method.target).__name__, method.target.window, method.target.kind) == ("LocalNormPixels", 47, "l1")
+    with torch.device("meta"):
+        method = recipes.build(settings.override(recipes.simmim_swin_b(), {"model.window": 12}, "test"))
+    assert method.encoder.config["window"] == 12
+
+
+@pytest.mark.parametrize("name", ["mixmim_tiny", "greenmim_tiny"])
+def test_small_recipes_without_mask_tokens_build_and_step(name):
+    recipe = recipes.by_name(name)
+    method = recipes.build(recipe)
+    assert sum(p.numel() for p in method.parameters()) < 3e6
+    side = recipe.model.img_size
+    img = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    loss = method(img, method.sample_mask(2, seed=1))
+    loss.backward()
+    assert loss.isfinite()
+
+
 def test_recipes_are_described():
+    assert recipes.describe(recipes.simmim_swinv2_b()) == "SimMIM, swinv2_b (windows of 12)"
+    assert recipes.describe(recipes.mixmim_b()) == "MixMIM, mixswin_b"
     assert recipes.describe(recipes.fastmim_tiny()).startswith("FastMIM, ViT (")
     assert recipes.describe(recipes.simmim_vit_b()) == "SimMIM, beit_b16"
     assert recipes.describe(recipes.maskfeat_vit_b()) == "MaskFeat, vit_b16"

@@ -11,6 +11,7 @@ from mimfast._check import fail
 from mimfast.encoders.beit import BEiT as BEiT
 from mimfast.encoders.embed import PatchEmbedVisible as PatchEmbedVisible
 from mimfast.encoders.inputs import Size
+from mimfast.encoders.mixswin import MixSwin as MixSwin
 from mimfast.encoders.swin import Swin as Swin
 from mimfast.encoders.swinv2 import SwinV2 as SwinV2
 from mimfast.encoders.timm import Timm as Timm
@@ -20,6 +21,7 @@ from mimfast.mask import Mask
 __all__ = [
     "BEiT",
     "Encoder",
+    "MixSwin",
     "PatchEmbedVisible",
     "Swin",
     "SwinV2",
@@ -77,7 +79,7 @@ def require_mode(method: str, encoder: Encoder, mode: str) -> None:
 
 
 FAMILIES: dict[str, type[ViT] | type[BEiT]] = {"vit": ViT, "beit": BEiT}
-STAGED: dict[str, type[Swin]] = {"swin": Swin, "swinv2": SwinV2}
+STAGED: dict[str, type[Swin]] = {"swin": Swin, "swinv2": SwinV2, "mixswin": MixSwin}
 
 
 def names() -> list[str]:

@@ -1,8 +1,9 @@
 """Swin Transformer with masks inside: hidden patches are not embedded, one vector stands for all of them.
 
-Swin, arXiv:2103.14030; mode "replace": SimMIM, arXiv:2111.09886; mode "paint": FastMIM, arXiv:2212.06593. State-dict
-names are those of the official code, whose buffers are left out and timm's names understood when weights are loaded.
-B batch, H W sides in pixels, L tokens of a map, C width, V windows of a map, n tokens of a window
+Swin, arXiv:2103.14030; mode "replace": SimMIM, arXiv:2111.09886; "paint": FastMIM, arXiv:2212.06593; "drop": GreenMIM,
+arXiv:2205.13515. State-dict names are those of the official code, whose buffers are left out and timm's names
+understood when weights are loaded.
+B batch, H W sides in pixels or tokens, L tokens of a map, C width
 """
 
 import copy
@@ -16,33 +17,27 @@ from mimfast._check import fail
 from mimfast.encoders.block import Mlp, check_heads
 from mimfast.encoders.embed import PatchEmbedVisible
 from mimfast.encoders.fill import lists
-from mimfast.encoders.inputs import Size
+from mimfast.encoders.inputs import Size, check_mask
 from mimfast.encoders.linear import linear
 from mimfast.encoders.paint import cell_of, check_image, checked_colour, paint
 from mimfast.encoders.swin_names import official_names
 from mimfast.encoders.tables import geometric_resize
-from mimfast.encoders.windows import relative_index, shift_mask, window_attend, window_of
+from mimfast.encoders.visible import Groups, Place, PlannedMask, attend_in_groups, plan
+from mimfast.encoders.windows import window_of
 from mimfast.mask import Mask
 from mimfast.ops.patch_unshuffle import patch_unshuffle
+from mimfast.ops.window_attention import window_attention
 
 EPS = 1e-5  # of every layer norm
 PATCH = 4
 
 
-class Place(NamedTuple):
-    """Where the blocks of a stage work: the map in tokens, its window, the shift of every second block."""
-
-    size: tuple[int, int]
-    window: int
-    shift: int
-
-
 class Wiring(NamedTuple):
-    """What the blocks of a stage share in one forward: (n, n) rows of the bias table, (V, n, n) mask of the shift."""
+    """What the blocks of a stage share in one forward."""
 
     place: Place
-    rows: Tensor
-    mask: Tensor | None
+    group: Tensor | None = None  # (H, W) or (B, H, W): a token sees only those with its number
+    visible: tuple[Groups, Groups | None] | None = None  # without and with shift, when hidden tokens are left out
 
 
 class PatchEmbed(PatchEmbedVisible):
@@ -78,16 +73,22 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, wiring: Wiring, shifted: bool, add: Tensor | None = None) -> Tensor:
-        """(B, L, C) in image order; `add` is a residual for the result."""
-        (size, window, shift), mask = wiring.place, wiring.mask if shifted else None
-        qkv = linear(x, self.qkv.weight, self.qkv.bias).unflatten(1, size)
-        y = window_attend(qkv, self.bias(wiring), window, shift if shifted else 0, self.heads, mask)
-        return linear(y.flatten(1, 2), self.proj.weight, self.proj.bias, add)
+        """(B, L, C) in image order, or the visible tokens in theirs; `add` is a residual for the result."""
+        size, window, shift = wiring.place
+        qkv, table = linear(x, self.qkv.weight, self.qkv.bias), self.table(window)
+        if wiring.visible is not None:
+            groups = wiring.visible[shifted]
+            assert groups is not None  # every stage with shifted blocks has both
+            y = attend_in_groups(qkv, table, groups)
+        else:
+            shift = shift if shifted else 0
+            y = window_attention(qkv.unflatten(1, size), table, window, shift, self.heads, group=wiring.group)
+            y = y.flatten(1, 2)
+        return linear(y, self.proj.weight, self.proj.bias, add)
 
-    def bias(self, wiring: Wiring) -> Tensor:
-        """(heads, n, n), from the table resized to the window in use."""
-        table = geometric_resize(self.relative_position_bias_table, self.window, wiring.place.window)
-        return table[wiring.rows].permute(2, 0, 1)
+    def table(self, window: int) -> Tensor:
+        """((2 window - 1)^2, heads): the bias of each offset, resized to the window in use."""
+        return geometric_resize(self.relative_position_bias_table, self.window, window)
 
 
 class SwinBlock(nn.Module):
@@ -124,12 +125,17 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(4 * dim, eps=EPS)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
         return linear(self.norm(four(x, size)), self.reduction.weight)
 
 
-def four(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, L, C) to (B, L / 4, 4 C): the neighbours column by column, (row, column) = (0,0), (1,0), (0,1), (1,1)."""
+def four(x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """(B, L, C) to (B, L / 4, 4 C): the neighbours column by column, (row, column) = (0,0), (1,0), (0,1), (1,1).
+
+    Without a size they are visible tokens in the order of `mimfast.encoders.visible`: neighbours beside each other.
+    """
+    if size is None:
+        return x.unflatten(1, (-1, 4)).flatten(2)
     x_BhrwcC = x.unflatten(1, (size[0] // 2, 2, size[1] // 2, 2))
     return x_BhrwcC.permute(0, 1, 3, 4, 2, 5).flatten(3, 5).flatten(1, 2)
 
@@ -142,13 +148,18 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        rows = relative_index(place.window, x.device)
-        mask = shift_mask(*place, x.device) if place.shift and len(self.blocks) > 1 else None
-        wiring = Wiring(place, rows, mask)
+    def forward(
+        self,
+        x: Tensor,
+        place: Place,
+        group: Tensor | None = None,
+        visible: tuple[Groups, Groups | None] | None = None,
+    ) -> Tensor:
+        """(B, L, C) in image order to (B, L / 4, 2 C), or (B, L, C) from the last stage; or visible tokens."""
+        wiring = Wiring(place, group, visible)
         for j, block in enumerate(self.blocks):
             x = block(x, wiring, bool(place.shift and j % 2))
-        return x if self.downsample is None else self.downsample(x, place.size)
+        return x if self.downsample is None else self.downsample(x, None if visible else place.size)
 
 
 class Swin(nn.Module):
@@ -170,12 +181,13 @@ class Swin(nn.Module):
         prefix: 0.
         grid: (rows, columns) of the last map.
         places: map, window and shift of each stage.
-        mask_modes: {"paint"}, with a mask token {"paint", "replace"}.
+        mask_modes: {"drop", "paint"}, and "replace" with a mask token.
     Raises:
         UserError: stages, heads, sizes or windows that do not fit.
     """
 
     prefix = 0
+    own_modes = frozenset({"drop", "paint"})
     mask_token: nn.Parameter | None
     # published, and "nano" for a CPU
     sizes: Mapping[str, dict[str, Any]] = {
@@ -207,7 +219,7 @@ class Swin(nn.Module):
         self.img_size, self.grid, self.places = self._sizes(img_size)
         self.patch_embed = PatchEmbed(embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if mask_token else None
-        self.mask_modes = frozenset({"paint", "replace"} if mask_token else {"paint"})
+        self.mask_modes = self.own_modes | ({"replace"} if mask_token else set())
         self.layers = nn.ModuleList(self._stage(i) for i in range(len(depths)))
         self.norm = nn.LayerNorm(self.dim, eps=EPS)
         self._init()
@@ -273,18 +285,51 @@ class Swin(nn.Module):
 
         Args:
             img: (B, 3, H, W), uint8 (normalised inside, ImageNet statistics) or floating point, normalised already.
-            mask: over a grid of square cells: of whole pixels for "paint", of whole patches for "replace"; or None.
-            mode: "paint": the pixels of hidden cells are of one colour. "replace": `mask_token` stands for their
-                patches, put in after the norm of the patch embedding. Only read with a mask.
+            mask: over a grid of square cells: of whole pixels for "paint", of whole patches for "replace", over the
+                last map for "drop"; or None.
+            mode: "drop": hidden tokens are left out of every map; the mask is one for all images, from `plan`, or
+                planned here when it is on the CPU. "paint": the pixels of hidden cells are of one colour. "replace":
+                `mask_token` stands for their patches, put in after the norm of the patch embedding. Only read with a
+                mask.
             colour: (1, 3, 1, 1) in normalised colour space, for "paint".
         Returns:
-            (B, T, dim), the tokens of the last map in row-major order, after the final norm.
+            (B, T, dim), the tokens of the last map in row-major order, after the final norm; the visible ones of them
+            for "drop".
         Raises:
             UserError: an image, a mask or a colour that does not fit; a mode that is not offered.
         """
-        x = self._embed(img, mask, mode, colour)
-        for stage, place in zip(self.layers, self.places):
-            x = stage(x, place)
+        if mask is not None and mode == "drop":
+            return self._visible(img, mask)
+        return self._stages(self._embed(img, mask, mode, colour))
+
+    def plan(self, mask: Mask) -> PlannedMask:
+        """The mask with the plan that mode "drop" needs; `to(device)` of it moves both.
+
+        Args:
+            mask: on the CPU, over the last map, the same for every image (`Mask.expand`).
+        Raises:
+            UserError: another grid or device, rows that differ.
+        """
+        return plan(self.name, mask, self.places, self.depths, self.heads)
+
+    def _visible(self, img: Tensor, mask: Mask) -> Tensor:
+        """(B, K, dim): the visible tokens alone, through all stages."""
+        self._check(img, mask, "drop")
+        check_mask(self.name, mask, self.grid, img)
+        planned = mask if isinstance(mask, PlannedMask) else self.plan(mask)
+        if planned.places != tuple(self.places):
+            because = "groups are those of the maps and windows they were planned for"
+            fail(self.name, "mask", "a plan for other maps or windows", "one of plan() of this encoder", because)
+        assert planned.patches is not None  # plan() sets it
+        x = self.patch_embed(img, planned.patches.expand(img.shape[0], -1).contiguous())
+        for stage, place, groups in zip(self.layers, self.places, planned.groups):
+            x = stage(x, place, visible=groups)
+        return self.norm(x)
+
+    def _stages(self, x: Tensor, groups: Sequence[Tensor | None] | None = None) -> Tensor:
+        """(B, L, C) in image order to (B, T, dim); `groups` has one map of group ids for each stage."""
+        for stage, place, group in zip(self.layers, self.places, groups or [None] * len(self.places)):
+            x = stage(x, place, group)
         return self.norm(x)
 
     def _embed(self, img: Tensor, mask: Mask | None, mode: str, colour: Tensor | None) -> Tensor:
@@ -315,9 +360,7 @@ class Swin(nn.Module):
             fail(self.name, "img", f"size {img.shape[2]}x{img.shape[3]}", f"{height}x{width}", because)
         if mask is not None and mode not in self.mask_modes:
             known = f"{self.name}(mask_token=True) adds 'replace'"
-            because = (
-                known if mode == "replace" else f"windows are made of whole maps, so no token is left out; {known}"
-            )
+            because = known if mode == "replace" else f"{self.name} has no other way with hidden tokens; {known}"
             fail(self.name, "mode", repr(mode), f"one of {sorted(self.mask_modes)}", because)
 
     def _sizes(self, img_size: Size) -> tuple[tuple[int, int], tuple[int, int], list[Place]]:
@@ -327,12 +370,14 @@ class Swin(nn.Module):
             if side < self.stride or side % self.stride:
                 because = f"{len(self.depths)} stages halve a map of {PATCH} px patches down to {self.stride} px"
                 fail(self.name, "img_size", side, f"a multiple of {self.stride}", because)
-        window = min(height, width) // self.stride if self.window is None else self.window
-        places = []
-        for i in range(len(self.depths)):
-            size = (height // PATCH >> i, width // PATCH >> i)
-            places.append(Place(size, *window_of(self.name, size, window)))
-        return (height, width), (height // self.stride, width // self.stride), places
+        last = (height // self.stride, width // self.stride)
+        return (height, width), last, self._places((height // PATCH, width // PATCH), last)
+
+    def _places(self, size: tuple[int, int], last: tuple[int, int]) -> list[Place]:
+        """Where each stage works, of the sizes of the first and the last map in tokens."""
+        window = min(last) if self.window is None else self.window
+        maps = [(size[0] >> i, size[1] >> i) for i in range(len(self.depths))]
+        return [Place(map_size, *window_of(self.name, map_size, window)) for map_size in maps]
 
 
 def _check_stages(op: str, embed_dim: int, depths: Sequence[int], heads: Sequence[int]) -> None:

@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mimfast._check import fail
 from mimfast.encoders.inputs import Size
 from mimfast.encoders.linear import linear
 from mimfast.encoders.swin import EPS, Swin, SwinBlock, Wiring, four
-from mimfast.encoders.windows import window_attend
+from mimfast.ops.window_attention_v2 import window_attention_v2
 
-MAX_LOG_SCALE = log(100)
 CPB_HIDDEN = 512
 
 
@@ -47,33 +45,24 @@ class CosineAttention(nn.Module):
 
     def forward(self, x: Tensor, wiring: Wiring, shifted: bool) -> Tensor:
         """(B, L, C) in image order."""
-        (size, window, shift), mask = wiring.place, wiring.mask if shifted else None
+        size, window, shift = wiring.place
         bias_3C = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = linear(x, self.qkv.weight, bias_3C)
-        with torch.autocast(x.device.type, enabled=False):
-            q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-            factor = self.logit_scale.clamp(max=MAX_LOG_SCALE).exp().to(q.dtype)[:, 0]
-            qkv_HW = torch.stack([F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1), v], 2).flatten(2)
-            y = window_attend(
-                qkv_HW.unflatten(1, size),
-                self.bias(wiring),
-                window,
-                shift if shifted else 0,
-                self.heads,
-                mask,
-                scale=1.0,
-            )
-        return linear(y.flatten(1, 2).to(qkv.dtype), self.proj.weight, self.proj.bias)
+        qkv = linear(x, self.qkv.weight, bias_3C).unflatten(1, size)
+        shift = shift if shifted else 0
+        y = window_attention_v2(
+            qkv, self.table(window), self.logit_scale, window, shift, self.heads, group=wiring.group
+        )
+        return linear(y.flatten(1, 2), self.proj.weight, self.proj.bias)
 
-    def bias(self, wiring: Wiring) -> Tensor:
-        """(N, n, n): 16 times the sigmoid of what the MLP makes of the logarithm of relative coordinates."""
+    def table(self, window: int) -> Tensor:
+        """((2 window - 1)^2, N): 16 times the sigmoid of what the MLP makes of the logarithm of each offset."""
         weight: Any = self.cpb_mlp[0].weight
-        w, wide = wiring.place.window, torch.promote_types(weight.dtype, torch.float32)
-        at = torch.arange(1 - w, w, device=weight.device).to(wide) * (8 / max(self.window - 1, 1))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        at = torch.arange(1 - window, window, device=weight.device).to(wide) * (8 / max(self.window - 1, 1))
         at = at.sign() * (at.abs() + 1).log2() / 3
         table_tt2 = torch.stack(torch.meshgrid(at, at, indexing="ij"), -1)
-        table_RN = self.cpb_mlp(table_tt2.to(weight.dtype)).flatten(0, 1)
-        return 16 * table_RN[wiring.rows].sigmoid().permute(2, 0, 1)
+        with torch.autocast(weight.device.type, enabled=False):
+            return 16 * self.cpb_mlp(table_tt2.to(weight.dtype)).flatten(0, 1).sigmoid()
 
 
 class SwinV2Block(SwinBlock):
@@ -92,7 +81,7 @@ class PatchMergingV2(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim, eps=EPS)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
         return self.norm(linear(four(x, size), self.reduction.weight))
 
 
@@ -110,6 +99,8 @@ class SwinV2(Swin):
     Raises:
         UserError: stages, heads, sizes or windows that do not fit.
     """
+
+    own_modes = frozenset({"paint"})
 
     def __init__(
         self,

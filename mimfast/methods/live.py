@@ -79,3 +79,8 @@ def check_parts(op: str, encoder: Any, mode: str, decoder: Any, target: Target, 
         fail(op, "target", f"dim {target.dim}", decoder.out_dim, reason)
     if not 0 <= ratio < 1:
         fail(op, "ratio", ratio, "a number in [0, 1)", "it is the share of hidden blocks and one must stay visible")
+
+
+def first_of(values: Any, count: int) -> Any:
+    """The first `count` of (B,) values; None and plain numbers stay."""
+    return values[:count] if isinstance(values, Tensor) and values.ndim else values

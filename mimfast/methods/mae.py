@@ -13,7 +13,7 @@ from mimfast._check import fail
 from mimfast.decoders import CrossDecoder, Decoder, ViTDecoder
 from mimfast.encoders.inputs import Size
 from mimfast.mask import Mask
-from mimfast.methods.official import flat, use_official_names
+from mimfast.methods.official import flat, from_flat, use_official_names
 from mimfast.targets import Kind, Pixels, Target
 
 
@@ -35,7 +35,7 @@ class MAE(nn.Module):
         encoders.require_mode("MAE", encoder, "drop")
         _check_pair(encoder, decoder, target, ratio)
         self.encoder, self.decoder, self.target, self.ratio = encoder, decoder, target, ratio
-        use_official_names(self, flat, _in_tree)
+        use_official_names(self, flat, from_flat)
 
     @classmethod
     def build(
@@ -137,6 +137,8 @@ def _check_pair(encoder: encoders.Encoder, decoder: Decoder, target: Target, rat
             encoder.dim,
             f"the encoder's tokens are {encoder.dim} wide",
         )
+    if encoder.prefix != 1:
+        fail("MAE", "encoder", f"{encoder.prefix} class tokens", 1, "its decoder begins with it; GreenMIM takes a Swin")
     if getattr(encoder, "mask_token", None) is not None:
         reason = "mode 'drop' never uses it, and the official name mask_token is the decoder's"
         fail("MAE", "encoder", "a mask_token", "none", reason)
@@ -159,14 +161,3 @@ def _check_pair(encoder: encoders.Encoder, decoder: Decoder, target: Target, rat
     tokens = encoder.grid[0] * encoder.grid[1]
     if int(tokens * (1 - ratio)) < 1:
         fail("MAE", "ratio", ratio, "at least one visible patch", f"int({tokens} * (1 - {ratio})) = 0")
-
-
-def _in_tree(name: str) -> str:
-    """The inverse of `flat`; names of the module tree stay."""
-    if name.startswith(("encoder.", "decoder.", "target.")):
-        return name
-    if name == "mask_token":
-        return "decoder.mask_token"
-    if name.startswith("decoder_"):
-        return f"decoder.{name.removeprefix('decoder_')}"
-    return f"encoder.{name}"

@@ -32,6 +32,17 @@ def flat(name: str) -> str:
     return name
 
 
+def from_flat(name: str) -> str:
+    """The inverse of `flat`; names of the module tree stay."""
+    if name.startswith(("encoder.", "decoder.", "target.")):
+        return name
+    if name == "mask_token":
+        return "decoder.mask_token"
+    if name.startswith("decoder_"):
+        return f"decoder.{name.removeprefix('decoder_')}"
+    return f"encoder.{name}"
+
+
 def nested(name: str) -> str:
     """FastMIM's layout for backbones other than ViT: `encoder.*` as it is, `decoder_*`."""
     return f"decoder_{name.removeprefix('decoder.')}" if name.startswith("decoder.") else name

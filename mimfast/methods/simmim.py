@@ -70,6 +70,7 @@ class SimMIM(nn.Module):
         depth: int | None = None,
         heads: int | None = None,
         drop_path: float = 0.0,
+        attention_window: int | None = None,
         **options: Any,
     ) -> "SimMIM":
         """A SimMIM from plain values.
@@ -80,9 +81,11 @@ class SimMIM(nn.Module):
             kind: "mse", "l1" or "smooth_l1".
             window: of "local", in pixels.
             drop_path: highest rate of dropped residual branches, for encoders that drop any.
+            attention_window: the encoder's own `window`, in tokens, of a Swin.
             options: further arguments of the encoder, as embed_dim of a Swin.
         """
         options |= {"drop_path": drop_path} if drop_path else {}
+        options |= {"window": attention_window} if attention_window else {}
         backbone: Any = encoders.build(
             encoder, img_size, patch, dim=dim, depth=depth, heads=heads, mask_token=True, **options
         )

@@ -14,6 +14,8 @@ from mimfast.recipes.fastmim import fastmim_pvtv2_b2 as fastmim_pvtv2_b2
 from mimfast.recipes.fastmim import fastmim_swin_b as fastmim_swin_b
 from mimfast.recipes.fastmim import fastmim_tiny as fastmim_tiny
 from mimfast.recipes.fastmim import fastmim_vit_b as fastmim_vit_b
+from mimfast.recipes.greenmim import greenmim_swin_b as greenmim_swin_b
+from mimfast.recipes.greenmim import greenmim_tiny as greenmim_tiny
 from mimfast.recipes.mae import mae_cifar as mae_cifar
 from mimfast.recipes.mae import mae_digits as mae_digits
 from mimfast.recipes.mae import mae_photos as mae_photos
@@ -22,6 +24,8 @@ from mimfast.recipes.mae import mae_vit_b as mae_vit_b
 from mimfast.recipes.mae import mae_vit_h as mae_vit_h
 from mimfast.recipes.mae import mae_vit_l as mae_vit_l
 from mimfast.recipes.maskfeat import maskfeat_vit_b as maskfeat_vit_b
+from mimfast.recipes.mixmim import mixmim_b as mixmim_b
+from mimfast.recipes.mixmim import mixmim_tiny as mixmim_tiny
 from mimfast.recipes.sections import Data as Data
 from mimfast.recipes.sections import Masking as Masking
 from mimfast.recipes.sections import Model as Model
@@ -33,6 +37,7 @@ from mimfast.recipes.sections import Score as Score
 from mimfast.recipes.sections import Target as Target
 from mimfast.recipes.sections import Train as Train
 from mimfast.recipes.simmim import simmim_swin_b as simmim_swin_b
+from mimfast.recipes.simmim import simmim_swinv2_b as simmim_swinv2_b
 from mimfast.recipes.simmim import simmim_tiny as simmim_tiny
 from mimfast.recipes.simmim import simmim_vit_b as simmim_vit_b
 
@@ -44,11 +49,20 @@ if TYPE_CHECKING:
 RECIPES = (
     *(mae_photos, mae_digits, mae_small, mae_cifar, mae_vit_b, mae_vit_l, mae_vit_h),
     *(fastmim_tiny, fastmim_vit_b, fastmim_swin_b, fastmim_pvtv2_b2, fastmim_p_vit_b),
-    *(simmim_tiny, simmim_vit_b, simmim_swin_b),
+    *(simmim_tiny, simmim_vit_b, simmim_swin_b, simmim_swinv2_b),
     maskfeat_vit_b,
+    *(mixmim_tiny, mixmim_b),
+    *(greenmim_tiny, greenmim_swin_b),
 )
 
-_METHODS = {"mae": "MAE", "fastmim": "FastMIM", "simmim": "SimMIM", "maskfeat": "MaskFeat"}
+_METHODS = {
+    "mae": "MAE",
+    "fastmim": "FastMIM",
+    "simmim": "SimMIM",
+    "maskfeat": "MaskFeat",
+    "mixmim": "MixMIM",
+    "greenmim": "GreenMIM",
+}
 
 
 def by_name(name: str) -> Recipe:
@@ -76,6 +90,7 @@ def describe(recipe: Recipe) -> str:
     sizes = {"wide": model.dim, "blocks": model.depth, "heads": model.heads}
     own = [f"{value} {word}" for word, value in sizes.items() if value is not None]
     own += [f"{model.patch} px patches"] if model.patch is not None else []
+    own += [f"windows of {model.window}"] if model.window is not None else []
     own += [f"without its last {model.drop_last} blocks"] if model.drop_last else []
     name = {"vit": "ViT", "beit": "BEiT", "swin": "Swin"}.get(model.encoder, model.encoder)
     return f"{_METHODS[model.method]}, {name}" + (f" ({', '.join(own)})" if own else "")
@@ -112,6 +127,7 @@ def build(recipe: Recipe) -> "nn.Module":
     make = getattr(methods, _METHODS[model.method]).build
     sizes = {name: getattr(model, name) for name in ("dim", "depth", "heads")}
     decoder = {name: getattr(model, name) for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
+    window = {"attention_window" if model.method == "simmim" else "window": model.window}
     given: dict[str, Any] = {
         "mae": {"norm": target.norm, **decoder},
         "fastmim": {
@@ -124,9 +140,11 @@ def build(recipe: Recipe) -> "nn.Module":
         },
         "simmim": {"block": block, "target": target.what, "drop_path": model.drop_path},
         "maskfeat": {"gaussian_window": target.gaussian_window},
+        "mixmim": {"norm": target.norm, **decoder},
+        "greenmim": {"norm": target.norm, **decoder},
     }[model.method]
     # what the recipe leaves open is the method's to choose
-    chosen = {name: value for name, value in {**sizes, **given}.items() if value is not None}
+    chosen = {name: value for name, value in {**sizes, **window, **given}.items() if value is not None}
     return make(model.encoder, model.img_size, model.patch, recipe.mask.ratio, kind=target.kind, **chosen)
 
 

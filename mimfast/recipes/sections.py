@@ -8,11 +8,11 @@ from typing import Literal
 class Model:
     """The network."""
 
-    method: Literal["mae", "fastmim", "simmim", "maskfeat"] = "mae"
+    method: Literal["mae", "fastmim", "simmim", "maskfeat", "mixmim", "greenmim"] = "mae"
     """Pre-training method."""
     encoder: str = "vit_b16"
     """Encoder by name: vit_ti16, vit_s16, vit_b16, vit_l16, vit_h14, vit_micro4 and more, or vit with free sizes;
-    beit_b16, swin_b and their kin; "timm:NAME" for a backbone of timm (fastmim).
+    beit_b16, swin_b, mixswin_b (mixmim) and their kin; "timm:NAME" for a backbone of timm (fastmim).
     """
     img_size: int = 224
     """Side of the training crop in pixels; a multiple of patch."""
@@ -24,12 +24,15 @@ class Model:
     """Encoder blocks; none: what the encoder's name says."""
     heads: int | None = None
     """Encoder attention heads; none: what the encoder's name says."""
+    window: int | None = None
+    """Side of the attention window in tokens (swin and swinv2); none: shorter side of the crop / 32."""
     decoder_dim: int | None = None
-    """Decoder width; none: the method's own, 512 for mae and 256 for fastmim."""
+    """Decoder width; none: the method's own, 512 for mae, mixmim and greenmim, 256 for fastmim."""
     decoder_depth: int | None = None
-    """Decoder blocks; none: the method's own, 8 for mae, 1 (ViT) or 4 for fastmim."""
+    """Decoder blocks; none: the method's own, 8 for mae and mixmim, 1 for greenmim, 1 (ViT) or 4 for
+    fastmim."""
     decoder_heads: int | None = None
-    """Decoder attention heads; none: the method's own, 16 for mae, heads of 32 channels for fastmim."""
+    """Decoder attention heads; none: the method's own, 16 for mae, heads of 32 channels for others."""
     drop_path: float = 0.0
     """Highest rate of dropped residual branches, rising linearly with depth; 0 <= drop_path < 1."""
     drop_last: int = 0

@@ -1,5 +1,7 @@
 """Recipes of SimMIM."""
 
+from dataclasses import replace
+
 from mimfast.recipes.sections import Data, Masking, Model, Optim, Recipe, Run, Score, Target, Train
 
 # raw pixels, absolute differences
@@ -66,3 +68,15 @@ def simmim_swin_b() -> Recipe:
     Published: as simmim_vit_b with windows of 6 and no drop path; fine-tuned at 224 px 84.0 % after 800 epochs.
     """
     return _imagenet("simmim_swin_b", Model("simmim", "swin_b", 192))
+
+
+def simmim_swinv2_b() -> Recipe:
+    """SimMIM SwinV2-B on ImageNet-1k at 192 px (arXiv:2111.09883, arXiv:2206.04664 and the authors' repository).
+
+    Command: `torchrun --nproc-per-node 8 -m mimfast pretrain simmim_swinv2_b --data imagenet/train`. Hardware: 8 GPUs
+    of 80 GB.
+    Published: as simmim_vit_b with windows of 12 and pixels standardised by a window of 47 px around each; fine-tuned
+    85.0 % after 500 000 steps, which are 800 epochs.
+    """
+    recipe = _imagenet("simmim_swinv2_b", Model("simmim", "swinv2_b", 192, window=12, drop_path=0.1))
+    return replace(recipe, target=replace(_RAW, what="local"))

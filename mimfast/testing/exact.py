@@ -57,7 +57,7 @@ def run_case(bench: Bench, case: Any, device: str, rounds: int) -> list[dict[str
     graphs = {n: call if n in peers and not peers[n].graphed else as_graph(call) for n, call in calls.items()}
     times = race(graphs, rounds)
     launched = race(calls, rounds) if device == "cuda" else times
-    bytes_moved = sum(t.numel() * t.element_size() for t in wanted if t is not None)
+    bytes_moved = sum(t.numel() * t.element_size() for t in wanted if isinstance(t, torch.Tensor))
     heads = ("median us", "p95 us", "GB/s", f"x {bench.yardstick}", "launched us")
     print(f"\n{case}\n{'contestant':14s}" + "".join(f"{head:>12s}" for head in heads) + "  answer")
     rows = []
@@ -76,7 +76,7 @@ def run_case(bench: Bench, case: Any, device: str, rounds: int) -> list[dict[str
 
 
 def _same(found: Any, wanted: Any) -> bool:
-    return all(a is b if b is None else torch.equal(a, b) for a, b in zip(found, wanted))
+    return all(torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b for a, b in zip(found, wanted))
 
 
 def main(bench: Bench) -> int:

@@ -1,11 +1,18 @@
-"""A run so small that a test can make many: coloured gradients as images, a network of a few thousand weights."""
+"""A run so small that a test can make many: coloured gradients as images, a network of a few thousand weights.
+
+Or the embedded photographs as one batch, and the losses of a few steps on it.
+"""
 
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor, nn
 
+from mimfast.data.decode import decode_image
+from mimfast.data.sources import open_source
 from mimfast.recipes import Data, Model, Optim, Recipe, Run, Score, Target, Train
 
 
@@ -46,3 +53,22 @@ def tiny_fastmim(data: Path | str, out: Path | str, **train: int | float | str) 
     recipe = tiny_recipe(data, out, **train)
     model = Model("fastmim", "vit", 32, 8, 16, 1, 2, decoder_dim=16, decoder_depth=1, decoder_heads=2)
     return replace(recipe, model=model, target=Target())
+
+
+def photographs(count: int, side: int) -> Tensor:
+    """(count, 3, side, side) uint8: the first of the embedded photographs, squeezed to a square."""
+    source = open_source("photos")
+    images = [decode_image(source.read(i)).resize((side, side)) for i in range(count)]
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+
+
+def few_steps(method: nn.Module, img: Tensor, steps: int, lr: float = 1e-3) -> list[float]:
+    """The losses of some steps of AdamW on one batch, with fresh masks."""
+    optimizer, losses = torch.optim.AdamW(method.parameters(), lr), []
+    for _ in range(steps):
+        loss = method(img)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

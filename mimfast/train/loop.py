@@ -258,6 +258,8 @@ def _loss(job: _Job, model: Any, batch: Batch) -> Tensor:
     seed = job.recipe.train.seed
     img = recolour(img, ids, epochs, seed, job.recipe.data.recolour)
     live = {"img_size": img.shape[-1]} if job.recipe.progress.sizes else {}
+    if getattr(job.method, "plans_on_cpu", False):  # from what is there already: nothing waits
+        ids, epochs = batch.sample_ids, batch.epochs
     mask = job.method.sample_mask(len(ids), sample_ids=ids, seed=seed, epoch=epochs, device=device, **live)
     with torch.autocast(device.type, torch.bfloat16, enabled=_bf16(job)):
         return model(img, mask)

@@ -135,7 +135,7 @@ def test_paint_equals_the_painted_image(cell: int, ragged: bool) -> None:
 @pytest.mark.parametrize("ragged", [False, True])
 def test_replace_puts_the_token_in_after_the_norm(cell: int, ragged: bool) -> None:
     swin = tiny((64, 128), window=2, depths=(2, 2, 1, 1), mask_token=True)
-    assert swin.mask_modes == {"paint", "replace"}
+    assert swin.mask_modes == {"drop", "paint", "replace"}
     img = torch.randn(2, 3, 64, 128)
     mask = Mask.random(2, (64 // cell, 128 // cell), [0.3, 0.7] if ragged else 0.6)
     k = cell // 4
@@ -253,10 +253,12 @@ def test_refuses() -> None:
     mask = Mask.random(2, (2, 2), 0.5)
     with pytest.raises(UserError, match=r"Swin: img has size 32x64, expected 64x64 because .* at\(size\) gives"):
         swin(img[:, :, :32])
-    with pytest.raises(UserError, match=r"Swin: mode has 'replace', expected one of \['paint'\] because .*token=True"):
+    with pytest.raises(
+        UserError, match=r"Swin: mode has 'replace', expected one of \['drop', 'paint'\] because .*token=True"
+    ):
         swin(img, mask, "replace")
-    with pytest.raises(UserError, match=r"Swin: mode has 'drop', expected one of \['paint'\] because windows are"):
-        swin(img, mask, "drop")
+    with pytest.raises(UserError, match=r"Swin: mode has 'mix', expected one of .* because Swin has no other way"):
+        swin(img, mask, "mix")
     with pytest.raises(UserError, match=r"Swin: colour has None, expected a tensor"):
         swin(img, mask)
     with pytest.raises(UserError, match=r"Swin: mask has cells of 2 px, expected a multiple of 4 px because"):

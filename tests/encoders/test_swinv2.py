@@ -9,7 +9,6 @@ from mimfast._check import UserError
 from mimfast.encoders import SwinV2
 from mimfast.encoders.paint import paint
 from mimfast.encoders.swin_names import official_names, timm_names
-from mimfast.encoders.windows import relative_index
 
 TIMM = "timm is the peer of this test: pip install 'mimfast[timm]'"
 SIZES = {"embed_dim": 16, "depths": (2, 2, 1, 2), "heads": (1, 2, 2, 4)}
@@ -132,7 +131,7 @@ def test_scores_keep_their_precision_under_autocast() -> None:
     swin = tiny(128, depths=(1, 0, 0, 0))
     attn, place = swin.layers[0].blocks[0].attn, swin.places[0]
     attn.logit_scale.data.fill_(10.0)  # at the cap
-    wiring = encoders.swin.Wiring(place, relative_index(4, torch.device("cpu")), None)
+    wiring = encoders.swin.Wiring(place)
     x = torch.randn(1, 1024, 16).bfloat16().float()
     attn.qkv.weight.data.copy_(torch.cat([torch.eye(16)] * 3))  # no rounding but that of the scores is left
     attn.proj.weight.data.copy_(torch.eye(16))

@@ -1,22 +1,30 @@
-"""Window attention in plain torch: index, mask, attention against the definition on the rolled map."""
+"""The windows of Swin: index, mask and attention as the encoder asks for them, against the definition on the map."""
 
 import pytest
 import torch
 
 from mimfast._check import UserError
-from mimfast.encoders.windows import relative_index, shift_mask, window_attend, window_of
+from mimfast.encoders.windows import window_of
+from mimfast.ops import window_attention
+from mimfast.ops._windows import layout, pair_index
 
 CPU = torch.device("cpu")
 
 
+def masked(size: tuple[int, int], window: int, shift: int) -> torch.Tensor:
+    """(windows, n, n) bool: pairs of another region of the rolled map."""
+    label_wn = layout(size, (window, window), (shift, shift), "pad_then_roll", CPU).label_wn
+    return label_wn[:, :, None] != label_wn[:, None]
+
+
 def test_index_of_the_bias_table() -> None:
-    index = relative_index(7, CPU)
+    index = pair_index((7, 7), CPU)
     assert (index[0, 0], index[0, 48], index[48, 0]) == (84, 0, 168)
     wanted = torch.empty(9, 9, dtype=torch.int64)
     for q in range(9):
         for k in range(9):
             wanted[q, k] = (q // 3 - k // 3 + 2) * 5 + q % 3 - k % 3 + 2
-    assert torch.equal(relative_index(3, CPU), wanted)
+    assert torch.equal(pair_index((3, 3), CPU), wanted)
 
 
 @pytest.mark.parametrize(("size", "window"), [((14, 14), 7), ((8, 12), 4), ((6, 6), 2), ((9, 15), 3)])
@@ -30,12 +38,12 @@ def test_the_mask_keeps_tokens_apart_that_the_roll_brought_together(size: tuple[
     inside = torch.arange(window**2)
     for t, at in zip(cut, (inside // window, inside % window)):
         apart |= (t[:, :, None] - t[:, None, :]) != at[:, None] - at
-    assert torch.equal(shift_mask(size, window, shift, CPU), torch.where(apart, -100.0, 0.0))
+    assert torch.equal(masked(size, window, shift), apart)
 
 
 @pytest.mark.parametrize(("side", "windows", "share"), [(56, 15 / 64, 0.119), (28, 7 / 16, 0.23), (14, 3 / 4, 0.43)])
 def test_share_of_masked_pairs(side: int, windows: float, share: float) -> None:
-    mask = shift_mask((side, side), 7, 3, CPU) != 0
+    mask = masked((side, side), 7, 3)
     assert mask.flatten(1).any(1).float().mean() == windows
     assert mask.float().mean().item() == pytest.approx(share, abs=0.005)
 
@@ -44,9 +52,11 @@ def test_share_of_masked_pairs(side: int, windows: float, share: float) -> None:
 def test_attention_equals_the_definition_token_by_token(size: tuple[int, int], window: int, shift: int) -> None:
     (H, W), heads, d = size, 2, 4
     qkv = torch.randn(2, H, W, 3 * heads * d, dtype=torch.float64)
-    bias = torch.randn(heads, window**2, window**2, dtype=torch.float64)
-    mask = shift_mask(size, window, shift, CPU) if shift else None
-    found = window_attend(qkv, bias, window, shift, heads, mask)
+    table = torch.randn((2 * window - 1) ** 2, heads, dtype=torch.float64)
+    found = window_attention(qkv, table, window, shift, heads)
+    fast = window_attention(qkv.float(), table, window, shift, heads)
+    assert torch.allclose(fast.double(), found, atol=1e-5)
+    bias = table[pair_index((window, window), CPU)].permute(2, 0, 1)
     q, k, v = qkv.unflatten(-1, (3, heads, d)).unbind(3)
 
     def at(i: int, j: int) -> tuple[int, int]:  # in the rolled map

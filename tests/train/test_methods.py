@@ -33,6 +33,24 @@ CASES = {
         "loss",
     ),
     "maskfeat": ({"model": Model("maskfeat", "vit_nano8", 64), "mask": Masking(0.4)}, "ViT", "hog"),
+    "mixmim": (
+        {
+            "model": Model("mixmim", "mixswin_nano", 64, decoder_depth=1),
+            "target": Target(norm=False),
+            "mask": Masking(0.5),
+        },
+        "MixSwin",
+        "reconstruction",
+    ),
+    "greenmim": (
+        {
+            "model": Model("greenmim", "swin_nano", 128, decoder_dim=32),
+            "target": Target(norm=False),
+            "mask": Masking(0.5),
+        },
+        "Swin",
+        "reconstruction",
+    ),
     "growing swin": (
         {"model": Model("fastmim", "swin_nano", 96), "mask": Masking(block=32), "progress": Progress((64, 96))},
         "Swin",
