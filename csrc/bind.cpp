@@ -16,6 +16,7 @@
 #include "patch_gather.h"
 #include "pixel_loss.h"
 #include "window_attention.h"
+#include "short_attention.h"
 
 namespace py = pybind11;
 
@@ -195,6 +196,25 @@ mimfast::WindowAttention make_window_attention(uintptr_t qkv, bool bf16, std::ar
           at<float>(d_head_scale)};
 }
 
+mimfast::ShortAttention make_short_attention(uintptr_t qkv, bool bf16, std::array<int64_t, 2> qkv_stride,
+                                             uintptr_t cu_seqlens, int64_t groups, int64_t tokens, int32_t heads,
+                                             int32_t head, float scale, uintptr_t grad,
+                                             std::array<int64_t, 2> grad_stride, uintptr_t out, uintptr_t d_qkv) {
+  return {at<const void>(qkv),
+          bf16,
+          qkv_stride,
+          at<const int32_t>(cu_seqlens),
+          groups,
+          tokens,
+          heads,
+          head,
+          scale,
+          at<const void>(grad),
+          grad_stride,
+          at<void>(out),
+          at<void>(d_qkv)};
+}
+
 using release_gil = py::call_guard<py::gil_scoped_release>;
 
 }  // namespace
@@ -246,6 +266,12 @@ PYBIND11_MODULE(_core, m) {
            py::arg("norm"), py::arg("kind"), py::arg("mean"), py::arg("std"), py::arg("eps"), py::arg("beta"),
            py::arg("upstream"), py::arg("loss"), py::arg("grad"));
   m.def("pixel_loss_cpu", &mimfast::pixel_loss_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  py::class_<mimfast::ShortAttention>(m, "ShortAttention", py::module_local(),
+                                      "One call, as in csrc/short_attention.h.")
+      .def(py::init(&make_short_attention), py::kw_only(), py::arg("qkv"), py::arg("bf16"), py::arg("qkv_stride"),
+           py::arg("cu_seqlens"), py::arg("groups"), py::arg("tokens"), py::arg("heads"), py::arg("head"),
+           py::arg("scale"), py::arg("grad"), py::arg("grad_stride"), py::arg("out"), py::arg("d_qkv"));
+  m.def("short_attention_cpu", &mimfast::short_attention_cpu, py::arg("call"), py::arg("threads"), release_gil());
 
   py::class_<mimfast::WindowAttention>(m, "WindowAttention", py::module_local(),
                                        "One call, as in csrc/window_attention.h.")

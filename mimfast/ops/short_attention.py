@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mimfast import _native
 from mimfast._check import check_dtype, check_same_device, check_shape, fail
 from mimfast.ops._choice import Impl, _constant_under_compile, resolve, why_not_on
 from mimfast.ops._packed import Rows, pad_maps, take
 
-IMPLS = ("triton", "sdpa", "ref")
-MAX_LENGTH, HEADS, WIDE_TILE = 256, (16, 128), 8192  # what kernels/short_attention.py takes
+IMPLS = ("triton", "cpu", "sdpa", "ref")
+MAX_LENGTH, HEADS, WIDE_TILE = 256, (16, 128), 8192  # what the kernels take, the last one that of Triton
 
 
 def short_attention_ref(
@@ -47,7 +48,7 @@ def short_attention(
         qkv: (B, N, 3D), B groups of N tokens; or (T, 3D) packed groups with `cu_seqlens`. float32, bfloat16 or float16
             (float64 runs `sdpa` and `ref`). The last dimension is [q | k | v], each [heads, d]. Any strides; a last
             dimension that is not dense is copied once.
-        heads: number of heads; D = heads * d. `triton` takes d from 16 to 128 and N up to 256.
+        heads: number of heads; D = heads * d. `triton` and `cpu` take d from 16 to 128 and N up to 256.
         cu_seqlens: (G + 1) int32 on the device of qkv: group g is rows cu_seqlens[g] to cu_seqlens[g + 1]. Starts at 0,
             never decreases; groups may be empty. Rows behind the last group get 0, also as gradient.
         max_seqlen: no group of a packed call is longer. Tight is faster; without it 256 is taken, on a CPU the truth.
@@ -62,7 +63,7 @@ def short_attention(
     """
     _check(qkv, heads, cu_seqlens, max_seqlen)
     chosen = resolve("short_attention", impl, IMPLS, partial(_why_not, qkv, heads, cu_seqlens, max_seqlen))
-    if chosen == "triton":
+    if chosen in ("triton", "cpu"):
         limit = 0 if cu_seqlens is None else max_seqlen or MAX_LENGTH
         scale = (qkv.shape[-1] // (3 * heads)) ** -0.5 if scale is None else float(scale)
         return _ShortAttention.apply(qkv, cu_seqlens, heads, limit, scale, chosen)
@@ -119,10 +120,10 @@ def _check_bounds(cu_seqlens: Tensor, tokens: int, max_seqlen: int | None) -> No
 
 
 def _why_not(qkv: Tensor, heads: int, cu_seqlens: Tensor | None, max_seqlen: int | None, impl: str) -> str | None:
-    if impl != "triton":
+    if impl not in ("triton", "cpu"):
         return why_not_on(impl, qkv.device.type)
-    if qkv.dtype == torch.float64:
-        return "the kernel computes in float32 and was given float64"
+    if qkv.dtype == torch.float64 or (impl == "cpu" and qkv.dtype == torch.float16):
+        return f"the kernel computes in float32 and has no code for a tensor of {str(qkv.dtype).removeprefix('torch.')}"
     d, name = qkv.shape[-1] // (3 * heads), "qkv" if cu_seqlens is None else "max_seqlen"
     if not HEADS[0] <= d <= HEADS[1]:
         return f"the kernel takes {HEADS[0]} to {HEADS[1]} values per head, and {heads * d} / {heads} heads is {d}"
@@ -130,7 +131,7 @@ def _why_not(qkv: Tensor, heads: int, cu_seqlens: Tensor | None, max_seqlen: int
     if longest > MAX_LENGTH:
         return f"the kernel keeps a group on chip, which suits up to {MAX_LENGTH} tokens, and {name} gives {longest}"
     tile = 1 << max(4, (longest - 1).bit_length()) + (d - 1).bit_length()  # padded to powers of 2
-    if qkv.element_size() == 4 and tile > WIDE_TILE:
+    if impl == "triton" and qkv.element_size() == 4 and tile > WIDE_TILE:
         return f"{longest} tokens x {d} values pad to {tile}, and float32 keys beyond {WIDE_TILE} do not fit on chip"
     return why_not_on(impl, qkv.device.type)
 
@@ -193,16 +194,36 @@ torch.library.define("mimfast::short_attention_bwd", f"(Tensor grad, {_CONFIG}) 
 
 @torch.library.impl("mimfast::short_attention_fwd", ("cpu", "cuda"))
 def _fwd(*args):
+    if args[-1] == "cpu":
+        return _run_cpu(None, *args)
     from mimfast.kernels.short_attention import short_attention_fwd
 
-    return short_attention_fwd(*args[:-1])  # the last one is impl, and triton is the only one so far
+    return short_attention_fwd(*args[:-1])
 
 
 @torch.library.impl("mimfast::short_attention_bwd", ("cpu", "cuda"))
 def _bwd(*args):
+    if args[-1] == "cpu":
+        return _run_cpu(*args)
     from mimfast.kernels.short_attention import short_attention_bwd
 
     return short_attention_bwd(*args[:-1])
+
+
+def _run_cpu(grad, qkv, cu_seqlens, heads, _, scale, __):
+    result, core = _fwd_fake(qkv) if grad is None else _bwd_fake(grad, qkv), _native.core()
+    assert core is not None  # or `resolve` would have refused
+    qkv, cu, grad = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (qkv, cu_seqlens, grad))
+    groups, tokens = qkv.shape[:2] if cu is None else (cu.shape[0] - 1, qkv.shape[0])
+    at, forward = [0 if x is None else x.data_ptr() for x in (qkv, cu, grad, result)], grad is None
+    stride, grad_stride = ((0, *x.stride())[-3:-1] for x in (qkv, qkv if forward else grad))
+    call = core.ShortAttention(
+        qkv=at[0], bf16=qkv.dtype == torch.bfloat16, qkv_stride=stride, cu_seqlens=at[1], groups=groups, tokens=tokens,
+        heads=heads, head=qkv.shape[-1] // (3 * heads), scale=scale, grad=at[2], grad_stride=grad_stride,
+        out=at[3] if forward else 0, d_qkv=0 if forward else at[3],
+    )  # fmt: skip
+    core.short_attention_cpu(call, torch.get_num_threads())
+    return result
 
 
 @torch.library.register_fake("mimfast::short_attention_fwd")

@@ -1,0 +1,132 @@
+// A thread takes whole heads of whole groups and writes everything of theirs: no sum crosses threads, so the result
+// does not depend on their number. q, k and v of a head are copied into the second cache; the backward computes the
+// scores again, which takes less time than to read them.
+#include "short_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "parallel.h"
+
+namespace mimfast {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr int64_t kProductsPerThread = 1 << 21;  // about 0.05 ms of work, several times the cost of a thread
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+#define MIMFAST_INLINE inline __attribute__((always_inline))  // a function left outside would be without vectors
+
+MIMFAST_INLINE float widen(float x) { return x; }
+MIMFAST_INLINE float widen(Bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+MIMFAST_INLINE void narrow(float x, float& to) { to = x; }
+MIMFAST_INLINE void narrow(float x, Bfloat16& to) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// where a group begins, and its length; lengths that lie give wrong rows, never an access outside
+struct Group {
+  int64_t image, first, length;
+};
+
+inline Group group_of(const ShortAttention& call, int64_t g) {
+  if (call.cu_seqlens == nullptr) return {g, 0, call.tokens};
+  const int64_t first = std::min<int64_t>(std::max(call.cu_seqlens[g], 0), call.tokens);
+  return {0, first, std::min<int64_t>(std::max<int64_t>(call.cu_seqlens[g + 1], first), call.tokens) - first};
+}
+
+// one set of functions for each set of instructions; the best one is chosen when called
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MIMFAST_X86
+namespace wide16 {
+#define MIMFAST_LANES 16
+#define MIMFAST_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#include "attention_lanes.h"
+#include "short_attention_lanes.h"
+#undef MIMFAST_LANES
+#undef MIMFAST_TARGET
+#undef MIMFAST_LANE_FN
+}  // namespace wide16
+namespace wide8 {
+#define MIMFAST_LANES 8
+#define MIMFAST_TARGET __attribute__((target("avx2,fma")))
+#include "attention_lanes.h"
+#include "short_attention_lanes.h"
+#undef MIMFAST_LANES
+#undef MIMFAST_TARGET
+#undef MIMFAST_LANE_FN
+}  // namespace wide8
+#endif
+namespace wide4 {
+#define MIMFAST_LANES 4
+#define MIMFAST_TARGET
+#include "attention_lanes.h"
+#include "short_attention_lanes.h"
+#undef MIMFAST_LANES
+#undef MIMFAST_TARGET
+#undef MIMFAST_LANE_FN
+}  // namespace wide4
+
+template <typename T>
+void run(const ShortAttention& call, int64_t longest, int64_t begin, int64_t end) {
+#if defined(MIMFAST_X86)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl"))
+    return wide16::run_heads<T>(call, longest, begin, end);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return wide8::run_heads<T>(call, longest, begin, end);
+#endif
+  wide4::run_heads<T>(call, longest, begin, end);
+}
+
+// rows that belong to no group
+void clear_outside(const ShortAttention& call) {
+  if (call.cu_seqlens == nullptr) return;
+  const int64_t width = int64_t{call.heads} * call.head * (call.d_qkv != nullptr ? 3 : 1) * (call.bf16 ? 2 : 4);
+  char* rows = static_cast<char*>(call.d_qkv != nullptr ? call.d_qkv : call.out);
+  int64_t last = 0;
+  for (int64_t g = 0; g < call.groups; ++g) {
+    const Group group = group_of(call, g);
+    if (group.first > last) std::memset(rows + last * width, 0, static_cast<size_t>((group.first - last) * width));
+    last = std::max(last, group.first + group.length);
+  }
+  if (call.tokens > last) std::memset(rows + last * width, 0, static_cast<size_t>((call.tokens - last) * width));
+}
+
+}  // namespace
+
+void short_attention_cpu(const ShortAttention& call, int threads) {
+  int64_t longest = 0, products = 0;
+  for (int64_t g = 0; g < call.groups; ++g) {
+    const int64_t length = group_of(call, g).length;
+    longest = std::max(longest, length);
+    products += length * length * call.head;
+  }
+  clear_outside(call);
+  if (longest == 0) return;
+  const int64_t mean = products / call.groups + 1;  // of one head
+  parallel_for(call.groups * call.heads, kProductsPerThread / mean + 1, threads, [&](int64_t begin, int64_t end) {
+    if (call.bf16)
+      run<Bfloat16>(call, longest, begin, end);
+    else
+      run<float>(call, longest, begin, end);
+  });
+}
+
+}  // namespace mimfast
