@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mimfast.dropin.kind import Kind, Swapped, drops, hooked
+from mimfast.encoders.linear import linear
 from mimfast.ops import window_attention, window_attention_v2
 
 _BLOCK = ("attn", "norm1", "norm2", "mlp", "drop_path", "window_size", "shift_size", "input_resolution")
@@ -53,7 +54,7 @@ class SwinV2(Swapped):
         if attn.q_bias is not None:
             bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
         y = window_attention_v2(
-            nn.functional.linear(x.unflatten(1, tuple(self.input_resolution)), attn.qkv.weight, bias),
+            linear(x.unflatten(1, tuple(self.input_resolution)), attn.qkv.weight, bias),
             16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).flatten(0, -2)),
             attn.logit_scale,
             self.window_size,

@@ -1,4 +1,4 @@
-"""`accelerate`: find what is known in a model, prove the fused paths against the plain ones, swap; `restore` undoes it."""
+"""`accelerate`: find what is known in a model, prove the fused paths against the plain, swap; `restore` undoes it."""
 
 import copy
 import importlib
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mimfast._check import UserError, fail
-from mimfast.dropin.kind import Kind, Swapped, swapped
+from mimfast.dropin.kind import Kind, Linear, Swapped, put
 from mimfast.ops._choice import why_not_auto, why_not_on
 
 # the plain path rounds as well: a fused one may be this many times further from fp64, and never has to be closer than
@@ -52,9 +52,10 @@ def accelerate(model: nn.Module, verify: bool = True, report: bool = True) -> li
     """Put mimfast's attention into a model somebody else wrote, in place.
 
     Known are timm's Swin, Swin V2 and ViT, transformers' Swin, Swin V2 and ViTMAE, and microsoft/Swin-Transformer's
-    blocks (by structure), alone or inside a larger model. Parameters, state-dict keys, hooks, train and eval mode, drop
-    path, autocast, gradient checkpointing, DDP and torch.compile (call this before compiling) go on as before. A module
-    whose attention drops weights in training, or whose attention is hooked, runs its plain path while that is so.
+    blocks (by structure), alone or inside a larger model. On a CPU in float32 the linear layers inside these go
+    through oneDNN. Parameters, state-dict keys, hooks, train and eval mode, drop path, autocast, gradient checkpointing,
+    DDP and torch.compile (call this before compiling) go on as before. A module whose attention drops weights in
+    training, or whose attention is hooked, runs its plain path while that is so.
 
     Args:
         model: any module; it is changed in place.
@@ -89,19 +90,19 @@ def accelerate(model: nn.Module, verify: bool = True, report: bool = True) -> li
         rows.append(Row(name, kind.name, f"{kind.op} ({impl})", *proof))
         swaps.append((module, kind))
     for module, kind in swaps:
-        module.__class__ = swapped(type(module), kind.mixin)
+        put(module, kind.mixin)
     if report:
         _print(rows, verify)
     return rows
 
 
 def restore(model: nn.Module) -> int:
-    """Undo `accelerate`; returns the number of modules that were put back."""
+    """Undo `accelerate`; returns the number of modules that were put back, their linear layers not counted."""
     count = 0
     for module in model.modules():
         if isinstance(module, Swapped):
+            count += not isinstance(module, Linear)
             module.__class__ = module._plain
-            count += 1
     return count
 
 
@@ -149,7 +150,7 @@ def _prove(name: str, module: nn.Module, kind: Kind) -> _Proof:
             parameter.requires_grad_(True).add_(0.02 * torch.randn_like(parameter))
         args = kind.example(plain, BATCH, parameters[0].device, parameters[0].dtype)
     fused = copy.deepcopy(plain)
-    fused.__class__ = swapped(type(fused), kind.mixin)
+    put(fused, kind.mixin)
     truth = _results(copy.deepcopy(plain).double(), tuple(a.double() if isinstance(a, Tensor) else a for a in args))
     errors = [_distance(_results(it, args), truth) for it in (plain, fused)]
     if not errors[1] <= max(WORSE * errors[0], FLOOR):
@@ -170,8 +171,8 @@ def _results(module: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
     x = args[0].detach().requires_grad_(True)
     out = module(x, *args[1:])
     y = out[0] if isinstance(out, tuple) else out
-    weights = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).sin().to(y.dtype).view_as(y)
-    (y * weights).sum().backward()
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (y * weights.to(y)).sum().backward()
     return [t.detach() for t in (y, x.grad, *(p.grad for p in module.parameters())) if t is not None]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mimfast.dropin.kind import Kind, Swapped, drops, hooked
+from mimfast.encoders.linear import linear
 from mimfast.ops import short_attention, window_attention, window_attention_v2
 
 
@@ -44,7 +45,7 @@ class SwinV2(Swapped):
         bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).flatten(0, -2))
         y = window_attention_v2(
-            nn.functional.linear(x_BHWC, attn.qkv.weight, bias),
+            linear(x_BHWC, attn.qkv.weight, bias),
             table,
             attn.logit_scale,
             tuple(self.window_size),
