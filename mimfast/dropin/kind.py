@@ -46,7 +46,7 @@ class Swapped:
 
 
 @cache
-def swapped(plain: type, mixin: type) -> type:
+def swapped(plain: Any, mixin: Any) -> Any:
     """The class that stands for `plain` with the methods of `mixin` first."""
     return type(f"Fast{plain.__name__}", (mixin, plain), {"_plain": plain, "_mixin": mixin, "__module__": __name__})
 
@@ -59,16 +59,16 @@ class Linear(Swapped):
 
 
 def put(module: nn.Module, mixin: type) -> None:
-    """Swap a module, and the linear layers in it."""
-    for part in module.modules():
-        if type(part) is nn.Linear:
-            part.__class__ = swapped(nn.Linear, Linear)
+    """Swap a module, and the linear layers in it but for those of a Sequential, whose next layer may work in place."""
+    for parent in list(module.modules()):
+        for part in parent.children():
+            if type(part) is nn.Linear and not isinstance(parent, nn.Sequential):
+                part.__class__ = swapped(nn.Linear, Linear)
     module.__class__ = swapped(type(module), mixin)
 
 
 def _empty(plain: type, mixin: type) -> Any:
-    cls = swapped(plain, mixin)
-    return cls.__new__(cls)
+    return object.__new__(swapped(plain, mixin))
 
 
 def hooked(module: nn.Module) -> bool:

@@ -53,9 +53,9 @@ def accelerate(model: nn.Module, verify: bool = True, report: bool = True) -> li
 
     Known are timm's Swin, Swin V2 and ViT, transformers' Swin, Swin V2 and ViTMAE, and microsoft/Swin-Transformer's
     blocks (by structure), alone or inside a larger model. On a CPU in float32 the linear layers inside these go
-    through oneDNN. Parameters, state-dict keys, hooks, train and eval mode, drop path, autocast, gradient checkpointing,
-    DDP and torch.compile (call this before compiling) go on as before. A module whose attention drops weights in
-    training, or whose attention is hooked, runs its plain path while that is so.
+    through oneDNN. Parameters, state-dict keys, hooks, train and eval mode, drop path, autocast, activation
+    checkpointing, DDP and torch.compile (call this before compiling) go on as before. A module whose attention drops
+    weights in training, or whose attention is hooked, runs its plain path while that is so.
 
     Args:
         model: any module; it is changed in place.

@@ -67,7 +67,7 @@ class ViT(Swapped):
         return self.proj_drop(self.proj(getattr(self, "norm", nn.Identity())(y)))
 
 
-def _map_example(block: nn.Module, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+def _map_example(block: Any, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     return (torch.randn(batch, *block.input_resolution, block.dim, device=device, dtype=dtype),)
 
 
