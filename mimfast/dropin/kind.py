@@ -63,7 +63,8 @@ def put(module: nn.Module, mixin: type) -> None:
     for parent in list(module.modules()):
         for part in parent.children():
             if type(part) is nn.Linear and not isinstance(parent, nn.Sequential):
-                part.__class__ = swapped(nn.Linear, Linear)
+                layer: Any = part
+                layer.__class__ = swapped(layer.__class__, Linear)
     module.__class__ = swapped(type(module), mixin)
 
 
