@@ -16,6 +16,7 @@ from mimfast._images import IMAGENET_MEAN, IMAGENET_STD
 from mimfast._weights import write_atomically
 from mimfast.data.cpu import default_workers
 from mimfast.data.sources import Source
+from mimfast.encoders import MixSwin
 from mimfast.probe import Probe
 from mimfast.recipes import Recipe
 from mimfast.report import curve, gradients, losses, page, reconstruct, sheet
@@ -72,7 +73,8 @@ def conclude(facts: Facts, method: Any, train: Source, held_out: Source, device:
     """
     out, recipe = facts.folder, facts.recipe
     try:
-        layouts.export(method, out / "encoder.safetensors", "timm")
+        mixed = isinstance(method.encoder, MixSwin)  # timm has no such encoder
+        layouts.export(method.encoder if mixed else method, out / "encoder.safetensors", "mixmim" if mixed else "timm")
         method.eval()
         screen.say("measuring on held-out images")
         workers = default_workers() if recipe.data.workers is None else recipe.data.workers
