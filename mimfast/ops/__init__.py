@@ -4,6 +4,7 @@ Each op is one file with the name of its function. The functions are bound here,
 `mimfast.ops.<op>` would otherwise leave the *module* under the name of the function.
 """
 
+from mimfast.ops.crop_resize import crop_resize
 from mimfast.ops.hog import hog
 from mimfast.ops.hog_loss import hog_loss
 from mimfast.ops.local_norm import local_norm
@@ -19,6 +20,7 @@ from mimfast.ops.short_attention import short_attention
 from mimfast.ops.window_attention import window_attention
 
 __all__ = [
+    "crop_resize",
     "hog",
     "hog_loss",
     "local_norm",
