@@ -382,6 +382,12 @@ PYBIND11_MODULE(_core, m) {
 
 #ifdef MIMFAST_CUDA
   m.def(
+      "crop_resize_cuda",
+      [](const mimfast::CropResize& call, uintptr_t stream) {
+        mimfast::crop_resize_cuda(call, at<CUstream_st>(stream));
+      },
+      py::arg("call"), py::arg("stream"), release_gil());
+  m.def(
       "hog_loss_cuda",
       [](const mimfast::HogLoss& call, uintptr_t stream) { mimfast::hog_loss_cuda(call, at<CUstream_st>(stream)); },
       py::arg("call"), py::arg("stream"), release_gil());

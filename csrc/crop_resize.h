@@ -115,9 +115,13 @@ struct CropWeights {
 
   CROP_BOTH CropWeights(const CropSide& s, int64_t x) : per(0), sum(0), before(0) {
     int64_t total = 0;
+#ifdef __CUDACC__
+#pragma unroll 1
+#endif
     for (int32_t j = crop_first(s, x), end = crop_end(s, x); j < end; ++j) total += crop_share(s, x, j);
     per = (2 << kCropBits) / static_cast<double>(total);
   }
+  CROP_BOTH void restart() { sum = before = 0; }
   CROP_BOTH float next(const CropSide& s, int64_t x, int64_t j) {
     sum += crop_share(s, x, j);
     const int64_t upto = (static_cast<int64_t>(static_cast<double>(sum) * per) + 1) >> 1, weight = upto - before;

@@ -24,8 +24,8 @@ from mimfast.ops._choice import Impl, resolve, why_not_on
 
 IMPLS = ("cuda", "cpu", "ref")
 MAX_SIDE = 65536  # kCropMaxSide of csrc/crop_resize.h
-FILTERS = ("bilinear", "bicubic")
 Filter = Literal["bilinear", "bicubic"]
+FILTERS: tuple[Filter, Filter] = ("bilinear", "bicubic")
 
 
 def crop_resize_ref(img: Tensor, boxes: Tensor, flip: Tensor | None, size: int, *, filter: Filter) -> Tensor:
