@@ -8,6 +8,7 @@
 #include <sstream>
 #include <string>
 
+#include "crop_resize.h"
 #include "group_plan.h"
 #include "hog.h"
 #include "hog_loss.h"
@@ -187,6 +188,24 @@ mimfast::PixelLoss make_pixel_loss(const mimfast::LossRows& rows, uintptr_t img,
   return {rows, at<const void>(img), img_uint8, img_stride, grid_cols, patch, norm, colour_major, mean, std, eps};
 }
 
+mimfast::CropResize make_crop_resize(uintptr_t img, std::array<int64_t, 4> stride, int32_t height, int32_t width,
+                                     int64_t bytes, uintptr_t offsets, uintptr_t shapes, int64_t batch, uintptr_t boxes,
+                                     uintptr_t flip, int32_t size, bool bicubic, uintptr_t out) {
+  return {at<const uint8_t>(img),
+          {stride[0], stride[1], stride[2], stride[3]},
+          height,
+          width,
+          bytes,
+          at<const int64_t>(offsets),
+          at<const int32_t>(shapes),
+          batch,
+          at<const int32_t>(boxes),
+          at<const bool>(flip),
+          size,
+          bicubic,
+          at<uint8_t>(out)};
+}
+
 mimfast::LocalNorm make_local_norm(uintptr_t img, bool img_uint8, std::array<int64_t, 4> stride, int64_t batch,
                                    int32_t height, int32_t width, int32_t radius, std::array<float, 3> floor,
                                    uintptr_t out) {
@@ -353,6 +372,14 @@ PYBIND11_MODULE(_core, m) {
   m.def("hog_loss_cpu", &mimfast::hog_loss_cpu, py::arg("call"), py::arg("threads"), release_gil());
   m.def("hog_loss_partials", &mimfast::hog_loss_partials, py::arg("call"));
 
+  py::class_<mimfast::CropResize>(m, "CropResize", py::module_local(), "One call, as in csrc/crop_resize.h.")
+      .def(py::init(&make_crop_resize), py::kw_only(), py::arg("img"), py::arg("stride"), py::arg("height"),
+           py::arg("width"), py::arg("bytes"), py::arg("offsets"), py::arg("shapes"), py::arg("batch"),
+           py::arg("boxes"), py::arg("flip"), py::arg("size"), py::arg("bicubic"), py::arg("out"));
+  m.def("crop_resize_cpu", &mimfast::crop_resize_cpu, py::arg("call"), py::arg("threads"), release_gil());
+  m.def("crop_resize_simd_bits", &mimfast::crop_resize_simd_bits, py::arg("bits"));
+  m.attr("CROP_MAX_SIDE") = mimfast::kCropMaxSide;
+
   py::class_<mimfast::LocalNorm>(m, "LocalNorm", py::module_local(), "One call, as in csrc/local_norm.h.")
       .def(py::init(&make_local_norm), py::kw_only(), py::arg("img"), py::arg("img_uint8"), py::arg("stride"),
            py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("radius"), py::arg("floor"), py::arg("out"));
@@ -372,6 +399,12 @@ PYBIND11_MODULE(_core, m) {
         py::arg("lanes") = 16, release_gil());
 
 #ifdef MIMFAST_CUDA
+  m.def(
+      "crop_resize_cuda",
+      [](const mimfast::CropResize& call, uintptr_t stream) {
+        mimfast::crop_resize_cuda(call, at<CUstream_st>(stream));
+      },
+      py::arg("call"), py::arg("stream"), release_gil());
   m.def(
       "hog_loss_cuda",
       [](const mimfast::HogLoss& call, uintptr_t stream) { mimfast::hog_loss_cuda(call, at<CUstream_st>(stream)); },

@@ -60,11 +60,11 @@ class Linear(Swapped):
 
 def put(module: nn.Module, mixin: type) -> None:
     """Swap a module, and the linear layers in it but for those of a Sequential, whose next layer may work in place."""
+    plain: Any = nn.Linear
     for parent in list(module.modules()):
         for part in parent.children():
-            if type(part) is nn.Linear and not isinstance(parent, nn.Sequential):
-                layer: Any = part
-                layer.__class__ = swapped(layer.__class__, Linear)
+            if type(part) is plain and not isinstance(parent, nn.Sequential):
+                part.__class__ = swapped(plain, Linear)
     module.__class__ = swapped(type(module), mixin)
 
 
