@@ -5,7 +5,6 @@ buffers, hooks, train and eval mode, isinstance, gradient checkpointing and copi
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +33,9 @@ class Kind(NamedTuple):
     example: Callable[[nn.Module, int, torch.device, torch.dtype], tuple[Any, ...]]
 
 
+_MADE: dict[tuple[type, type], type] = {}
+
+
 class Swapped:
     """Base of all mixins: how a swapped module is copied, pickled and called when the plain path is needed."""
 
@@ -45,10 +47,12 @@ class Swapped:
         return (_empty, (self._plain, self._mixin), *made[2:])
 
 
-@cache
 def swapped(plain: Any, mixin: Any) -> Any:
-    """The class that stands for `plain` with the methods of `mixin` first."""
-    return type(f"Fast{plain.__name__}", (mixin, plain), {"_plain": plain, "_mixin": mixin, "__module__": __name__})
+    """The class that stands for `plain` with the methods of `mixin` first; the same one for equal arguments."""
+    if (plain, mixin) not in _MADE:
+        attributes = {"_plain": plain, "_mixin": mixin, "__module__": __name__}
+        _MADE[plain, mixin] = type(f"Fast{plain.__name__}", (mixin, plain), attributes)
+    return _MADE[plain, mixin]
 
 
 class Linear(Swapped):
