@@ -8,6 +8,7 @@
 using Vec = float __attribute__((vector_size(MIMFAST_LANES * sizeof(float))));
 using Loose = float __attribute__((vector_size(MIMFAST_LANES * sizeof(float)), aligned(alignof(float)), may_alias));
 using Ints = int32_t __attribute__((vector_size(MIMFAST_LANES * sizeof(float))));
+using Bits = uint32_t __attribute__((vector_size(MIMFAST_LANES * sizeof(float))));
 
 constexpr int kLanes = MIMFAST_LANES;
 constexpr int kBlock = 64;                     // queries of one block of scores, and the pitch of its rows
@@ -162,6 +163,6 @@ MIMFAST_LANE_FN Vec exp2_of(Vec x) {
   p = p * f + 0.240226462f;
   p = p * f + 0.693147182f;
   p = p * f + 1.0f;
-  const Ints power = (reinterpret_cast<Ints>(shifted) << 23) + 0x3f800000;  // what is above the whole number falls off
-  return x < -126.0f ? Vec{} : p * reinterpret_cast<Vec>(power);            // a product, so that NaN stays NaN
+  const Bits power = (reinterpret_cast<Bits>(shifted) << 23) + 0x3f800000u;  // what is above the whole number falls off
+  return x < -126.0f ? Vec{} : p * reinterpret_cast<Vec>(power);             // a product, so that NaN stays NaN
 }

@@ -175,9 +175,10 @@ MIMFAST_LANE_FN void normalize(float* rows, float* size, const Scratch& s) {
   constexpr double kSmallest = 1e-12;
   for (int64_t i = 0; i < s.keys; ++i, rows += s.pitch) {
     const double norm = std::sqrt(dot(rows, rows, s.pitch));
-    const float factor = static_cast<float>(1.0 / std::max(norm, kSmallest));
-    size[i] = norm < kSmallest ? 0.0f : factor;
-    for (int64_t c = 0; c < s.pitch; c += kLanes) store(rows + c, load(rows + c) * factor);
+    const double factor = 1.0 / std::max(norm, kSmallest);
+    size[i] = norm < kSmallest ? 0.0f : static_cast<float>(factor);
+    // in double, because an error that a whole row shares would show in scores of up to 100
+    for (int64_t c = 0; c < s.pitch; ++c) rows[c] = static_cast<float>(static_cast<double>(rows[c]) * factor);
   }
 }
 

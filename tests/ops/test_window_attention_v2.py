@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -41,6 +42,19 @@ def test_value_and_gradient(case, impl, device):
         assert_close_to_ref(partial(window_attention_v2, impl=impl), plain, args)
 
 
+@pytest.mark.parametrize("lanes", [8, 4])
+@pytest.mark.parametrize("case", [*FEW, BIG[0]], ids=str)
+def test_native_code_for_older_processors(case, lanes, monkeypatch, device):
+    skip_unless("cpu", device)
+    module = import_module("mimfast.ops.window_attention_v2")
+    monkeypatch.setattr(module, "run_cpu", partial(module.run_cpu, lanes=lanes))
+    args = make(case)
+    args["logit_scale"].requires_grad_(False)
+    plain = window_attention_v2_ref if case.dtype == "fp32" else eager
+    with poisoned():
+        assert_close_to_ref(partial(window_attention_v2, impl="cpu"), plain, args)
+
+
 @pytest.mark.parametrize("impl", FUSED)
 @pytest.mark.parametrize("case", [SMALL, PADDED, GROUPED, *BIG[:2]], ids=str)
 def test_gradient_of_logit_scale(case, impl, device):
@@ -49,7 +63,6 @@ def test_gradient_of_logit_scale(case, impl, device):
     if impl == "triton" and case in BIG:
         pytest.skip("too large")
     args, errors = make(case, device), []
-    args["logit_scale"] = args["logit_scale"].detach().clamp(max=4.0).requires_grad_()
     for seed in range(2 if impl == "triton" else 16):
         found = compare(partial(window_attention_v2, impl=impl), window_attention_v2_ref, args, seed)
         errors += [(e.kernel, e.torch, e.allowed - 2 * e.torch) for e in found if "logit_scale" in e.name]
@@ -151,9 +164,9 @@ def test_zero_rows_have_no_gradient_and_make_no_nan(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_logits_near_100_stay_exact(dtype, impl, device):
-    """In half types too: only the inputs and the result are rounded, so values that are exact in both agree closely."""
+    """In half types too only the result is rounded, so that all agree with fp64 on the same inputs."""
     skip_unless(impl, device)
     if impl == "triton" and device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies the bits of bfloat16 matrices, not their values")
@@ -162,7 +175,7 @@ def test_logits_near_100_stay_exact(dtype, impl, device):
     args["qkv"] = args["qkv"].detach().to(dtype)
     want = window_attention_v2(**args | {"qkv": args["qkv"].double()}, impl="ref")
     out = window_attention_v2(**args, impl=impl)
-    bits = torch.finfo(dtype).eps
+    bits = max(torch.finfo(dtype).eps, 2e-5)  # of float32 scores of 100: a step is 8e-6
     torch.testing.assert_close(out.double(), want, rtol=2 * bits, atol=2 * bits)
 
 
@@ -204,7 +217,7 @@ def test_compiles_without_a_graph_break(impl, device):
     got = torch.autograd.grad(step(args["qkv"]).square().sum(), leaves)
     want = torch.autograd.grad((0.5 * window_attention_v2(**args, impl="ref")).square().sum(), leaves)
     for g, w in zip(got, want):
-        torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-4)  # scores of up to 100, in float32
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
