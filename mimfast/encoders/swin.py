@@ -189,13 +189,14 @@ class Swin(nn.Module):
     prefix = 0
     own_modes = frozenset({"drop", "paint"})
     mask_token: nn.Parameter | None
-    # published, and "nano" for a CPU
+    # published, and "nano" and "micro" for a CPU
     sizes: Mapping[str, dict[str, Any]] = {
         "t": {"embed_dim": 96, "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24)},
         "s": {"embed_dim": 96, "depths": (2, 2, 18, 2), "heads": (3, 6, 12, 24)},
         "b": {"embed_dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)},
         "l": {"embed_dim": 192, "depths": (2, 2, 18, 2), "heads": (6, 12, 24, 48)},
         "nano": {"embed_dim": 32, "depths": (2, 2, 2, 2), "heads": (1, 2, 4, 8)},
+        "micro": {"embed_dim": 64, "depths": (2, 2, 2), "heads": (2, 4, 8)},
     }
 
     def __init__(
