@@ -6,9 +6,9 @@ from mimfast.recipes.sections import Data, Masking, Model, Optim, Recipe, Run, S
 def greenmim_tiny() -> Recipe:
     """GreenMIM with a small Swin on the dozen photographs that scikit-image and scikit-learn ship.
 
-    Command: `mimfast pretrain greenmim_tiny`. Hardware: two CPU cores, about four minutes. Three stages on 64 px crops,
-    16 tokens of 16 px at the end, of which 8 are visible; plain pixels, so that the error can be compared with simple
-    fills in pixel space.
+    Command: `mimfast pretrain greenmim_tiny`. Hardware: two CPU cores, about three to four minutes. Three stages on
+    64 px crops, 16 tokens of 16 px at the end, of which 8 are visible; plain pixels, so that the error can be
+    compared with simple fills in pixel space.
     """
     return Recipe(
         model=Model("greenmim", "swin_micro", 64, window=8, decoder_dim=64, decoder_depth=2, decoder_heads=2),
