@@ -9,15 +9,17 @@ def fastmim_tiny() -> Recipe:
     """FastMIM on the dozen photographs that scikit-image and scikit-learn ship: edges instead of pixels.
 
     Command: `mimfast pretrain fastmim_tiny`. Hardware: two CPU cores, about three minutes. A small ViT on 64 px crops
-    whose 8 px patches are one histogram cell each, hidden in blocks of 16 px. The report draws target and prediction as
-    stars of edges, and compares the error with the mean histogram, the nearest visible one, and zero.
+    whose 8 px patches are one histogram cell each. The report draws target and prediction as stars of edges, and
+    compares the error with the mean histogram, the nearest visible one, and zero. Nine photographs teach little about
+    the edges of others: the model stays a few per cent below the mean histogram. The run shows that everything works;
+    it makes no useful encoder.
     """
     return Recipe(
         model=Model("fastmim", "vit", 64, 8, 96, 4, 3, decoder_dim=64, decoder_depth=1),
-        mask=Masking(block=16),
-        data=Data(path="photos", holdout=0.25, crop_scale=(0.1, 1.0), recolour=0.5),
-        optim=Optim(batch_size=16, lr=3e-3, warmup=0.02),
-        train=Train(steps=2000, log_every=20, checkpoint_steps=1000),
+        mask=Masking(block=8),
+        data=Data(path="photos", holdout=0.25, crop_scale=(0.02, 0.5), recolour=0.5),
+        optim=Optim(batch_size=16, lr=3e-3, warmup=0.05),
+        train=Train(steps=2500, log_every=20, checkpoint_steps=1000),
         score=Score(views=64),
         run=Run(name="fastmim_tiny"),
     )
