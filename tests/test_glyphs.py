@@ -127,6 +127,9 @@ def test_the_mean_is_that_of_the_training_images(tmp_path):
     result = gradients.score(recipes.build(recipe).eval(), train, held_out, recipe, CPU)
     # every edge is vertical in every crop: one bin holds all, or the cell is flat
     assert result.mse[gradients.MEAN] < 0.1 * result.mse[gradients.ZERO]
+    # a mean of more parts cannot fit its own images worse
+    again = gradients.score(recipes.build(recipe).eval(), train, train, recipe, CPU)
+    assert again.mse[gradients.PLACE] <= again.mse[gradients.MEAN] + 1e-6
 
 
 def test_the_sheet_shows_paint_strokes_and_a_legend():
@@ -153,7 +156,7 @@ def test_a_run_with_hog_targets_writes_its_table_and_picture(tmp_path, capsys):
     for name in (gradients.MODEL, gradients.MEAN, gradients.NEAREST, gradients.ZERO, "HOG of held-out images"):
         assert name in told
     found = report.json.loads((tmp_path / "run/results.json").read_text())["hog"]
-    assert set(found["mse"]) == {gradients.MODEL, gradients.MEAN, gradients.NEAREST, gradients.ZERO}
+    assert set(found["mse"]) == {gradients.MODEL, gradients.MEAN, gradients.PLACE, gradients.NEAREST, gradients.ZERO}
     assert (tmp_path / "run/hog.png").stat().st_size > 1000
     assert not (tmp_path / "run/reconstruction.png").exists()
     assert "HOG of held-out images" in (tmp_path / "run/report.html").read_text()

@@ -152,12 +152,12 @@ def _paint(method: Any) -> tuple[int, int, int] | None:
 
 
 def _hog_table(result: Gradients, recipe: Recipe) -> Table:
-    names = (gradients.MODEL, gradients.MEAN, gradients.NEAREST, gradients.ZERO)
+    names = (gradients.MODEL, gradients.MEAN, gradients.PLACE, gradients.NEAREST, gradients.ZERO)
     model = result.mse[gradients.MODEL]
     rows = [[name, f"{result.mse[name]:.5f}", f"{model / result.mse[name]:.3f}"] for name in names]
     worse = [name for name in names[1:] if not model < result.mse[name]]
     notes = [
-        "The model beats all three guesses." if not worse else f"The model does not beat: {', '.join(worse)}.",
+        "The model beats every guess." if not worse else f"The model does not beat: {', '.join(worse)}.",
         f"Held-out images: {result.images}, each in {result.views} crops with masks of its own, "
         f"{result.images * result.views} in all; histograms of the hidden cells, {100 * recipe.mask.ratio:g} % hidden.",
     ]

@@ -17,7 +17,13 @@ from mimfast.report import views
 from mimfast.report.reconstruct import first_minimum
 from mimfast.report.views import KEPT
 
-MODEL, MEAN, NEAREST, ZERO = "model", "mean HOG of the training images", "nearest visible block's HOG", "zero"
+MODEL, MEAN, PLACE, NEAREST, ZERO = (
+    "model",
+    "mean HOG of the training images",
+    "the same, place by place",
+    "nearest visible block's HOG",
+    "zero",
+)
 CELL = 8
 
 
@@ -53,17 +59,19 @@ def score(
         device: where the method is.
         workers: loader threads.
     """
-    mean_27uu = _mean(method, train, recipe, device, workers)
-    total = dict.fromkeys((MODEL, MEAN, NEAREST, ZERO), 0.0)
+    u = method.target.patch // CELL
+    place_27RC = _mean(method, train, recipe, device, workers)
+    mean_27uu = place_27RC.unflatten(2, (-1, u)).unflatten(1, (-1, u)).mean((1, 3))
+    total = dict.fromkeys((MODEL, MEAN, PLACE, NEAREST, ZERO), 0.0)
     counted = 0.0
     pictures: list[tuple[Tensor, ...]] = []
     for img, ids, mask in views.masked(method, held_out, recipe, device, workers):
         real = _target(method, img)
         rows, columns = real.shape[-2:]
-        u = mean_27uu.shape[-1]
         guesses = {
             MODEL: as_cells(method.predict(img, mask).float(), (rows // u, columns // u)),
             MEAN: mean_27uu.repeat(1, rows // u, columns // u).expand_as(real),
+            PLACE: place_27RC.expand_as(real),
             NEAREST: nearest(real, mask),
             ZERO: torch.zeros_like(real),
         }
@@ -88,14 +96,9 @@ def _target(method: Any, img: Tensor) -> Tensor:
 
 
 def _mean(method: Any, train: Source, recipe: Recipe, device: torch.device, workers: int) -> Tensor:
-    """(27, u, u): each value of a token, averaged over all tokens of crops of the training images."""
-    u = method.target.patch // CELL
-    total, batches = torch.zeros(27, u, u, dtype=torch.float64, device=device), 0
-    for img, _ids, _mask in views.masked(method, train, recipe, device, workers):
-        real = _target(method, img)
-        total += real.unflatten(3, (-1, u)).unflatten(2, (-1, u)).double().mean((0, 2, 4))
-        batches += 1
-    return (total / batches).float()
+    """(27, R, C): the histograms of crops of the training images, averaged at each place of the crop."""
+    parts = [_target(method, img).mean(0) for img, _ids, _mask in views.masked(method, train, recipe, device, workers)]
+    return torch.stack(parts).mean(0)
 
 
 def as_cells(pred: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -41,8 +41,8 @@ def draw_hog(
     target: Tensor,
     predicted: Tensor,
     paint: tuple[int, int, int] | None = None,
-    cell: int = 256,
-    groups: int = 1,
+    cell: int = 192,
+    groups: int = 2,
 ) -> Image.Image:
     """Draw the sheet of a HOG target: histograms as stars, see `glyphs.stars`.
 
