@@ -8,7 +8,7 @@ from mimfast.recipes.sections import Data, Masking, Model, Optim, Progress, Reci
 def fastmim_tiny() -> Recipe:
     """FastMIM on the dozen photographs that scikit-image and scikit-learn ship: edges instead of pixels.
 
-    Command: `mimfast pretrain fastmim_tiny`. Hardware: two CPU cores, about three minutes. A small ViT on 64 px crops
+    Command: `mimfast pretrain fastmim_tiny`. Hardware: two CPU cores, about two minutes. A small ViT on 64 px crops
     whose 8 px patches are one histogram cell each. The report draws target and prediction as stars of edges, and
     compares the error with the mean histogram, the nearest visible one, and zero. Nine photographs teach little about
     the edges of others: the model stays a few per cent below the mean histogram. The run shows that everything works;
