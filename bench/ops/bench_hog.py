@@ -120,7 +120,7 @@ def run_case(case: Case, device: str, rounds: int) -> list[dict[str, Any]]:
             us, memory = times[name].median_us, extra_memory(calls[name]) if device == "cuda" else float("nan")
             row |= {"median_us": us, "p95_us": times[name].p95_us, "images_per_second": 1e6 * case.batch / us}
             row |= {f"times_{k}": times[k].median_us / us for k in ("eager", "compiled", "scikit-image") if k in times}
-            row["extra_mb"] = memory
+            row["extra_mb"] = memory if device == "cuda" else None
             print(
                 f"{name:26s}{us:12.0f}{row['images_per_second']:12.0f}{row['times_eager']:12.1f}"
                 f"{row['times_compiled']:12.1f}{row.get('times_scikit-image', float('nan')):12.1f}  {rms[name]:.1e}"
