@@ -15,8 +15,8 @@ from mimfast.dropin.kind import Kind, Linear, Swapped, put
 from mimfast.ops._choice import why_not_auto, why_not_on
 
 # the plain path rounds as well: a fused one may be this many times further from fp64, and never has to be closer than
-# this share of the largest value, by which float32 sums of thousands of terms differ in another order
-WORSE, FLOOR = 2.0, 4e-6
+# this share of the values
+WORSE, FLOOR = 2.0, 1e-6
 BATCH, ROUNDS = 2, 3
 
 
@@ -27,7 +27,8 @@ class Row(NamedTuple):
         module: its name in the model.
         plain: what it was, such as "timm SwinTransformerBlock".
         fused: op and implementation that stand for its attention now, or "" when it was left as it is.
-        error: largest difference from fp64 in output and gradients, relative to the largest value; None: not measured.
+        error: difference from fp64, root mean square relative to that of the values, of the output or gradient that is
+            worst; None: not measured.
         plain_error: the same of the plain path.
         speedup: time of the plain path over that of the fused one, forward and backward of the module; None likewise.
         reason: why it was left as it is, or "".
@@ -66,7 +67,8 @@ def accelerate(model: nn.Module, verify: bool = True, report: bool = True) -> li
         a row for each known module, in the order of the model.
     Raises:
         UserError: no module is known (the message lists what is, and what the model holds), or a fused path differs
-            from fp64 by more than twice what the plain one does; the model is then untouched.
+            from fp64 by more than twice what the plain one does, and by more than 1e-6 of the values; the model is then
+            untouched.
     """
     found = [
         (name, module, kind) for name, module in model.named_modules() for kind in _kinds() if kind.matches(module)
@@ -177,13 +179,20 @@ def _results(module: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _distance(found: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest difference, each tensor's relative to its own largest value."""
+    """The difference of the worst tensor, root mean square, relative to that of its values.
+
+    Sums in another order move single values by more than twice, the root mean square by much less.
+    """
     if len(found) != len(truth):
         return float("inf")  # a parameter lost its gradient
-    largest = max(float(b.abs().max()) for b in truth)
+    sizes = [_rms(b) for b in truth]
     # some gradients are zero but for rounding, such as that of a bias of the keys: they count against the others
-    scales = [max(float(b.abs().max()), 1e-3 * largest) for b in truth]
-    return max(float((a.double() - b).abs().max()) / scale for a, b, scale in zip(found, truth, scales))
+    least = 1e-3 * max(sizes)
+    return max(_rms(a.double() - b) / max(size, least) for a, b, size in zip(found, truth, sizes))
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
 
 
 def _time(module: nn.Module, args: tuple[Any, ...]) -> float:
