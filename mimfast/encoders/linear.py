@@ -2,8 +2,8 @@
 
 Measured on the products of MAE ViT-B at batch 8 (bench/step/bench_mae_step.py shows the step). AMD EPYC (Zen 4), one
 core: forward 15 %, gradient of x 8 % less time, gradient of W the same. AMD EPYC (Zen 5), two cores: 470, 440 and 410
-GFLOP/s where the BLAS stays at 217, the rate of vectors half as wide as that processor's.   n rows, E values
-in, D values out
+GFLOP/s where the BLAS stays at 217, the rate of vectors half as wide as that processor's.
+n rows, E values in, D values out
 """
 
 import torch
