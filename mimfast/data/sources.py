@@ -1,7 +1,7 @@
 """Where images come from: a folder tree, tar shards, arrays, a mimfast store, or a set that the demo extra brings.
 
 A source is anything with the five members of `Source`. Image i is a sample id: it does not change within a run. A
-source whose images need no decoder also has `pixels(i)`, and `image_at` uses it.
+source whose images need no decoder also has `pixels(i)`, see `pixels_at`.
 """
 
 import hashlib
@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from mimfast._check import UserError
 from mimfast.data import index as _index
-from mimfast.data.decode import decode_image
 from mimfast.data.paths import files_of, kind_of
 
 
@@ -119,12 +117,6 @@ def pixels_at(source: Source, i: int) -> np.ndarray | None:
     and decode. Raises OSError."""
     pixels = getattr(source, "pixels", None)
     return None if pixels is None else pixels(i)
-
-
-def image_at(source: Source, i: int, min_side: int | None = None) -> Image.Image:
-    """Image i decoded, RGB. min_side: see `decode.decode_image`. Raises OSError and BadImage."""
-    pixels = pixels_at(source, i)
-    return decode_image(source.read(i), min_side) if pixels is None else Image.fromarray(pixels)
 
 
 def open_source(spec: str) -> Source:
