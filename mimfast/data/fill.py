@@ -168,7 +168,8 @@ class Filler:
         """Rows first to last, cropped as soon as enough pixels have come together."""
         tally, ids, labels = Tally(), work.batch.sample_ids.numpy(), work.batch.labels
         images: list[np.ndarray] = []
-        waiting, known = 0, {}
+        known: dict[int, np.ndarray] = {}
+        waiting = 0
         for row in range(first, last):
             planned = int(ids[row])
             image = known.get(planned)

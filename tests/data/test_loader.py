@@ -321,55 +321,6 @@ def test_cache_keeps_to_its_budget_and_saves_decoding(small, monkeypatch):
     assert 35 < len(calls) < 70
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_repeat_gives_views_of_each_image_and_decodes_it_once(small, workers, monkeypatch):
-    calls = []
-    monkeypatch.setattr(decoders, "decode", lambda *a: calls.append(1) or decode(*a))
-    batches = take(small, 7, batch_size=6, repeat=3, workers=workers, cache_bytes=0)
-    ids, epochs, img = (torch.cat([batch[k] for batch in batches]) for k in (1, 2, 0))
-    assert ids.view(-1, 3).eq(ids[::3, None]).all()
-    assert ids[::3].tolist() == sample_at(np.arange(14), 7, 3)[1].tolist()
-    assert epochs.view(2, 7, 3).tolist() == [[[0, 1, 2]] * 7, [[3, 4, 5]] * 7]
-    assert not any(torch.equal(img[row], img[row + 1]) for row in range(41))
-    assert len(calls) <= 14 + 2 * workers * 3  # and what is prefetched
-    # a view is what a run without repeat shows at that epoch
-    views = {(e, i): x for e, i, x in zip(epochs.tolist(), ids.tolist(), img)}
-    for batch in take(small, 6, batch_size=7):
-        for epoch, i, x in zip(batch.epochs.tolist(), batch.sample_ids.tolist(), batch.img):
-            assert torch.equal(views[epoch, i], x)
-    assert_same(batches[3:], take(small, 4, batch_size=6, repeat=3, start=18, workers=workers))
-
-
-def test_repeat_shares_among_processes_and_replaces_bad_images(source):
-    alone = take(source, 20, repeat=4, workers=2)
-    ranks = [take(source, 20, batch_size=6, rank=rank, world=2, repeat=4) for rank in range(2)]
-    for step, whole in enumerate(alone):
-        assert_same([whole], [[torch.cat(fields) for fields in zip(*(rank[step] for rank in ranks))]])
-
-
-def test_clock_counts_every_stage(small):
-    with Loader(small, 24, 7, 1, workers=2, cache_bytes=0) as loader:
-        for _ in range(3):
-            next(loader)
-        found = loader.clock.snapshot()
-    assert set(found) == {"read", "decode", "crop", "transfer", "wait"}
-    assert found["wait"][1] == 21
-    for stage in ("read", "decode", "crop"):
-        seconds, images = found[stage]
-        assert seconds > 0
-        assert images >= 21
-    assert found["transfer"] == (0.0, 0)
-
-
-def test_an_image_too_long_to_crop_is_bad(tmp_path):
-    for i in range(3):
-        (tmp_path / f"{i}.png").write_bytes(encode(noise(24, 24, i), "PNG"))
-    (tmp_path / "long.png").write_bytes(encode(np.zeros((1, 70_000, 3), np.uint8), "PNG"))
-    with Loader(Folder(tmp_path), 8, 4, 1) as loader:
-        next(loader)
-        assert loader.bad.items() == [("long.png", "70000x1 has a side of more than 65536 pixels")]
-
-
 def test_load_all(source):
     bad = BadImages()
     img, labels = load_all(source, 16, bad=bad)
