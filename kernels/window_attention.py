@@ -18,7 +18,7 @@ fp32: scores, softmax, delta and every accumulator; probabilities and dS are rou
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -444,7 +444,7 @@ def window_attention_bwd(
     numbers = (scale, scale * LOG2E, mask_value * LOG2E)
     pitches = (*qkv.stride()[:3], *grad.stride()[:3], _pitch(group))
     constants = [_constants(table, qkv_bias, group, head_scale, window, shift, pad, head, tile) for tile in tiles]
-    fp32 = {"dtype": torch.float32}
+    fp32: Any = {"dtype": torch.float32}
     d_scores = None if table is None else qkv.new_empty((parts, heads, tokens, tokens), **fp32)
     sums = None if len(tiles) == 1 else qkv.new_empty((windows, heads, 2, tokens), **fp32)
     # what padding gets, by program of the launch that has dk and dv
@@ -533,7 +533,8 @@ def aot(kind: str, window: int, head: int, rare: bool = False, cosine: bool = Fa
     absent = dict.fromkeys({"bias_ptr", "group_ptr", "head_scale_ptr"} - set(types))
     types |= dict.fromkeys(STEADY, "i32") | dict.fromkeys(("scale", "mask"), "fp32")
     types |= dict.fromkeys(("qkv_b", "qkv_y", "qkv_x", "group_b"), "i32:16")
-    shape = {"ROLL_FIRST": False, "SHIFTED": True, "PADDED": rare, "GROUPED": rare, "TABLE": True, "COSINE": cosine}
+    shape: dict[str, Any] = {"ROLL_FIRST": False, "SHIFTED": True, "TABLE": True, "COSINE": cosine}
+    shape |= {"PADDED": rare, "GROUPED": rare}
     shape |= {"HEAD": head, "PAD": tile_shape(tokens, head)[1], "WH": window, "WW": window} | absent
     back = types | dict.fromkeys(("grad_ptr", "d_qkv_ptr"), f"*{kind}") | {"factor": "fp32"}
     back |= dict.fromkeys(("grad_b", "grad_y", "grad_x"), "i32:16")
@@ -542,13 +543,15 @@ def aot(kind: str, window: int, head: int, rare: bool = False, cosine: bool = Fa
     suffix = f"{kind}-{window}-{head}" + ("-padded-grouped" if rare else "")
     padding = {"d_bias_ptr": "*fp32"}
     found = {f"fwd-{suffix}": (window_attention_fwd_kernel, types | {"out_ptr": f"*{kind}"}, shape, forward)}
-    of_first, none = back | {"d_scores_ptr": "*fp32"}, _first(tokens, head, [first, *second], size)
+    none: dict[str, Any] = _first(tokens, head, [first, *second], size)
+    of_first = back | {"d_scores_ptr": "*fp32"}
     of_first |= {"d_head_scale_ptr": "*fp32"} if cosine else {}
     of_first |= {"sums_ptr": "*fp32"} if second else padding if rare else {}
     none |= dict.fromkeys({"sums_ptr", "d_bias_ptr", "d_head_scale_ptr"} - set(of_first))
     found[f"{'dq' if second else 'bwd'}-{suffix}"] = (window_attention_bwd_kernel, of_first, shape | none, first)
     for tile in second:
-        of_second, none = back | {"sums_ptr": "*fp32"} | (padding if rare else {}), {} if rare else {"d_bias_ptr": None}
+        of_second = back | {"sums_ptr": "*fp32"} | (padding if rare else {})
+        none = {} if rare else {"d_bias_ptr": None}
         found[f"dkv-{suffix}"] = (window_attention_dkv_kernel, of_second, shape | none, tile)
     return {
         name: (kernel, of_types, constants | {"KEYS": tile.keys, "BLOCK_M": tile.block}, tile.warps)

@@ -20,7 +20,15 @@ RIVALS = {"train.epochs": "train.steps", "optim.base_lr": "optim.lr"}
 
 # sections that do not change a single weight
 _HARMLESS = ("score", "run")
-_HARMLESS_KEYS = {"data.workers", "data.eval", "data.labels", "train.device", "train.log_every", "train.keep"} | {
+_HARMLESS_KEYS = {
+    "data.workers",
+    "data.decoder",
+    "data.eval",
+    "data.labels",
+    "train.device",
+    "train.log_every",
+    "train.keep",
+} | {
     "train.checkpoint_steps",
     "train.checkpoint_minutes",
 }
@@ -220,6 +228,7 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
         (data.crop_scale[1] <= 1, "data.crop_scale", "numbers up to 1", "a crop is not larger than its image"),
         (0 <= data.recolour <= 1, "data.recolour", "0 to 1", "it is a strength"),
         (data.workers is None or data.workers >= 0, "data.workers", "0 or more", "it is a number of threads"),
+        (data.repeat > 0, "data.repeat", "1 or more", "it is a number of views of an image"),
     ]
     return rules
 

@@ -26,9 +26,10 @@ import torch
 from mimfast import _native
 from mimfast.data.cpu import usable_cpus
 from mimfast.data.crc32c import by_numpy, crc32c
+from mimfast.data.decode import decode
 from mimfast.data.loader import Loader
 from mimfast.data.prep import _CHUNK, PrepConfig, _job, _meta, make_record, prep
-from mimfast.data.sources import Source, image_at, open_source
+from mimfast.data.sources import Source, open_source
 from mimfast.data.store import Store
 from mimfast.data.store_writer import Writer
 from mimfast.data.verify import verify
@@ -120,9 +121,8 @@ def reading(stores: dict[str, Store], seconds: float) -> dict[str, Callable[[], 
         "raw: pixels (a view, not touched)": lambda: rate(raw, raw.pixels),
         "raw: pixels, copied": lambda: rate(raw, lambda i: np.copyto(into[: raw.sizes[i]], raw.record(i))),
         "raw: read (a PPM file)": lambda: rate(raw, raw.read),
-        "raw: as a Pillow image": lambda: rate(raw, lambda i: image_at(raw, i)),
         "jpeg: read": lambda: rate(jpeg, jpeg.read),
-        "jpeg: decoded": lambda: rate(jpeg, lambda i: image_at(jpeg, i)),
+        "jpeg: decoded": lambda: rate(jpeg, lambda i: decode(jpeg.read(i))),
     }
 
 

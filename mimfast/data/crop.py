@@ -8,23 +8,20 @@ words 2a and 2a+1 are area and ratio of attempt a, words 20 and 21 the place, wo
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+import torch
 
-from mimfast import philox
+from mimfast import _native, philox
 from mimfast._check import fail
+from mimfast.ops.crop_resize import FILTERS, Filter, crop_resize
 
 _ATTEMPTS = 10
 _WORDS = 2 * _ATTEMPTS + 3
-# When shrinking 2 * 3 times or more, Pillow first averages whole blocks of pixels and filters what remains, at least 3
-# times the size asked for: several times faster on large photographs and hardly different from the full filter.
-_REDUCING_GAP = 3.0
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-Filter = Literal["bicubic", "bilinear"]
+_EVERY_BYTE = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,8 @@ class CropConfig:
             fail("crop", "scale", self.scale, "0 < low <= high <= 1", "it is a share of the area of the image")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             fail("crop", "ratio", self.ratio, "0 < low <= high", "it is width divided by height")
-        if self.filter not in _FILTERS:
-            fail("crop", "filter", repr(self.filter), " or ".join(map(repr, _FILTERS)), "a crop is resampled with it")
+        if self.filter not in FILTERS:
+            fail("crop", "filter", repr(self.filter), " or ".join(map(repr, FILTERS)), "a crop is resampled with it")
 
 
 class Box(NamedTuple):
@@ -59,22 +56,39 @@ def crop_words(seed: int, epochs: np.ndarray, sample_ids: np.ndarray) -> np.ndar
     return philox.words(seed, philox.STREAM_CROP, epochs, sample_ids, _WORDS)
 
 
-def crop_box(words: np.ndarray, width: int, height: int, config: CropConfig) -> tuple[Box, bool]:
-    """Box in pixels and flip for an image of this size. words: one row of `crop_words`."""
+def crop_boxes(
+    words: np.ndarray, widths: np.ndarray, heights: np.ndarray, config: CropConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes and flips for images of these sizes.
+
+    words: (B, 23) of `crop_words`. widths, heights: integers (B,).
+    Returns int32 (B, 4), top, left, height, width as ops.crop_resize takes them, and bool (B,).
+    """
     low, high = math.log(config.ratio[0]), math.log(config.ratio[1])
-    w = words.tolist()
-    for attempt in range(_ATTEMPTS):
-        area = width * height * _between(w[2 * attempt], *config.scale)
-        ratio = math.exp(_between(w[2 * attempt + 1], low, high))
-        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            left, top = _below(w[20], width - box_width + 1), _below(w[21], height - box_height + 1)
-            break
-    else:
-        box_width = min(width, max(1, round(height * config.ratio[1])))
-        box_height = min(height, max(1, round(width / config.ratio[0])))
-        left, top = (width - box_width) // 2, (height - box_height) // 2
-    return Box(left, top, box_width, box_height), config.flip and w[22] < 1 << 31
+    width, height = widths.astype(np.int64), heights.astype(np.int64)
+    area = (width * height)[:, None] * _between(words[:, 0 : 2 * _ATTEMPTS : 2], *config.scale)
+    ratio = np.exp(_between(words[:, 1 : 2 * _ATTEMPTS : 2], low, high))
+    wide, tall = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (wide > 0) & (wide <= width[:, None]) & (tall > 0) & (tall <= height[:, None])
+    first, row = fits.argmax(1), np.arange(len(words))
+    box_width, box_height = wide[row, first].astype(np.int64), tall[row, first].astype(np.int64)
+    left, top = _below(words[:, -3], width - box_width + 1), _below(words[:, -2], height - box_height + 1)
+    if not fits.any(1).all():
+        none = ~fits.any(1)
+        largest = np.minimum(width, np.maximum(1, np.rint(height * config.ratio[1]).astype(np.int64)))
+        box_width = np.where(none, largest, box_width)
+        largest = np.minimum(height, np.maximum(1, np.rint(width / config.ratio[0]).astype(np.int64)))
+        box_height = np.where(none, largest, box_height)
+        left, top = np.where(none, (width - box_width) // 2, left), np.where(none, (height - box_height) // 2, top)
+    flip = words[:, -1] < (1 << 31 if config.flip else 0)
+    return np.stack([top, left, box_height, box_width], 1).astype(np.int32), flip
+
+
+def crop_box(words: np.ndarray, width: int, height: int, config: CropConfig) -> tuple[Box, bool]:
+    """`crop_boxes` for one image: the box in pixels, and flip. words: one row of `crop_words`."""
+    boxes, flip = crop_boxes(words[None], np.array([width]), np.array([height]), config)
+    top, left, box_height, box_width = boxes[0].tolist()
+    return Box(left, top, box_width, box_height), bool(flip[0])
 
 
 def centre_box(width: int, height: int) -> Box:
@@ -83,15 +97,32 @@ def centre_box(width: int, height: int) -> Box:
     return Box((width - side) // 2, (height - side) // 2, side, side)
 
 
-def resample(image: Image.Image, box: Box, size: int, flip: bool, out: np.ndarray, filter: Filter = "bicubic") -> None:
-    """Resample with antialias from `box` of an RGB image into out, uint8 (3, size, size)."""
-    edges = (box.left, box.top, box.left + box.width, box.top + box.height)
-    if (box.width, box.height) == (size, size):
-        square = image.crop(edges)
-    else:
-        square = image.resize((size, size), _FILTERS[filter], box=edges, reducing_gap=_REDUCING_GAP)
-    pixels = np.asarray(square)
-    out[...] = (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1)
+def crop_rows(
+    images: Sequence[np.ndarray], boxes: np.ndarray, flip: np.ndarray, filter: Filter, out: np.ndarray
+) -> None:
+    """ops.crop_resize of images that lie anywhere in memory, on the thread of the caller.
+
+    images: n arrays, uint8 (H, W, 3). boxes: int32 (n, 4), flip: bool (n,), as `crop_boxes` gives them.
+    out: uint8 (n, 3, S, S), contiguous; written.
+    """
+    core = _native.core()
+    images = [np.ascontiguousarray(image) for image in images]
+    if core is None:
+        for row, image in enumerate(images):
+            box, mirror = torch.from_numpy(boxes[row : row + 1]), torch.from_numpy(flip[row : row + 1])
+            img, there = torch.from_numpy(image[None].copy()), torch.from_numpy(out[row : row + 1])
+            crop_resize(img, box, mirror, out.shape[-1], filter=filter, out=there, impl="ref")
+        return
+    # the offset of an image in the memory of the process is its address
+    offsets = np.array([image.__array_interface__["data"][0] for image in images], np.int64)
+    shapes = np.array([image.shape[:2] for image in images], np.int32)
+    boxes, flip = np.ascontiguousarray(boxes), np.ascontiguousarray(flip)
+    call = core.CropResize(
+        img=0, stride=(0, 0, 0, 0), height=0, width=0, bytes=_EVERY_BYTE, offsets=offsets.ctypes.data,
+        shapes=shapes.ctypes.data, batch=len(images), boxes=boxes.ctypes.data, flip=flip.ctypes.data,
+        size=out.shape[-1], bicubic=filter == "bicubic", out=out.ctypes.data,
+    )  # fmt: skip
+    core.crop_resize_cpu(call, 1)
 
 
 def min_decoded_side(size: int, config: CropConfig | None) -> int:
@@ -102,9 +133,9 @@ def min_decoded_side(size: int, config: CropConfig | None) -> int:
     return size if config is None else math.ceil(size / math.sqrt(config.scale[0]))
 
 
-def _between(word: int, low: float, high: float) -> float:
+def _between(word: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + (high - low) * ((word + 0.5) * 2.0**-32)
 
 
-def _below(word: int, n: int) -> int:
+def _below(word: np.ndarray, n: np.ndarray) -> np.ndarray:
     return (word * n) >> 32

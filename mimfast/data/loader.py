@@ -1,4 +1,4 @@
-"""Endless batches of random crops, decoded by threads (Pillow releases the interpreter lock while it works).
+"""Endless batches of random crops, decoded by threads (codecs release the interpreter lock while they work).
 
 What a batch holds is a pure function of (source, seed, first sample, size): the number of workers, the prefetch depth,
 the cache and the number of processes that share the work change only the speed. Resuming is
@@ -6,145 +6,29 @@ the cache and the number of processes that share the work change only the speed.
 B samples of a batch, S side of the crop in pixels.
 """
 
-import contextlib
-import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mimfast import philox
 from mimfast._check import UserError, fail
-from mimfast.data.cpu import default_workers as default_workers
-from mimfast.data.crop import CropConfig, centre_box, crop_box, crop_words, min_decoded_side, resample
-from mimfast.data.decode import BadImage
+from mimfast.data.bad import BadImages
+from mimfast.data.clock import StageClock, Tally
+from mimfast.data.crop import CropConfig, centre_box, crop_rows, crop_words, min_decoded_side
+from mimfast.data.decoders import open_decoder
+from mimfast.data.fill import Batch, Filler, Reader, Work
 from mimfast.data.order import sample_at
-from mimfast.data.sources import Source, image_at
+from mimfast.data.sources import Source
 
-_RANDOM_ATTEMPTS = 8
-_MAX_ATTEMPTS = 1000
 _CACHE_BYTES = 256 << 20
 _MAE_CROP = CropConfig()
-_IMAGE_OVERHEAD = 1024  # bytes of Python objects around the pixels of one cached image
-
-
-class Batch(NamedTuple):
-    """img: uint8 (B, 3, S, S). sample_ids, epochs: int64 (B,), the images really used. labels: int64 (B,) or None."""
-
-    img: Tensor
-    sample_ids: Tensor
-    epochs: Tensor
-    labels: Tensor | None
-
-
-class BadImages:
-    """The images that could not be read: id -> (name, reason), each tried once and never again."""
-
-    def __init__(self) -> None:
-        self._found: dict[int, tuple[str, str]] = {}
-        self._lock = threading.Lock()
-
-    def add(self, sample_id: int, name: str, reason: str) -> None:
-        with self._lock:
-            self._found.setdefault(sample_id, (name, reason))
-
-    def __contains__(self, sample_id: int) -> bool:
-        return sample_id in self._found
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    @property
-    def count(self) -> int:
-        return len(self._found)
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _ in self.items()]
-
-    @property
-    def reasons(self) -> list[str]:
-        return [reason for _, reason in self.items()]
-
-    def items(self) -> list[tuple[str, str]]:
-        """(name, reason) in order of sample id, the same for any number of workers."""
-        with self._lock:
-            return [self._found[i] for i in sorted(self._found)]
-
-
-class _Cache:
-    """Decoded images, the least recently used dropped first once they exceed a number of bytes."""
-
-    def __init__(self, budget: int) -> None:
-        self._budget = budget
-        self._used = 0
-        self._images: OrderedDict[int, Image.Image] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: int) -> Image.Image | None:
-        with self._lock:
-            image = self._images.get(key)
-            if image is not None:
-                self._images.move_to_end(key)
-            return image
-
-    def put(self, key: int, image: Image.Image) -> None:
-        if _weight(image) > self._budget:
-            return
-        with self._lock:
-            if key in self._images:
-                return
-            self._images[key] = image
-            self._used += _weight(image)
-            while self._used > self._budget:
-                self._used -= _weight(self._images.popitem(last=False)[1])
-
-
-def _weight(image: Image.Image) -> int:
-    return 4 * image.width * image.height + _IMAGE_OVERHEAD  # Pillow keeps RGB in four bytes
-
-
-class _Reader:
-    """Sample id -> decoded image, through the cache and the list of bad images."""
-
-    def __init__(self, source: Source, min_side: int, cache_bytes: int, bad: BadImages | None = None) -> None:
-        self.source = source
-        self.bad = BadImages() if bad is None else bad
-        self._min_side = min_side
-        self._cache = _Cache(cache_bytes)
-
-    def image(self, sample_id: int) -> Image.Image | None:
-        """None when the image is bad."""
-        image = self._cache.get(sample_id)
-        if image is not None or sample_id in self.bad:
-            return image
-        try:
-            image = image_at(self.source, sample_id, self._min_side)
-        except BadImage as error:
-            self.bad.add(sample_id, self.source.name(sample_id), error.reason)
-        except OSError as error:
-            self.bad.add(sample_id, self.source.name(sample_id), f"cannot be read: {error.strerror or error}")
-        if image is not None:
-            self._cache.put(sample_id, image)
-        return image
-
-
-class _Work(NamedTuple):
-    """A batch being filled. words: int64 (B, W), the random words of each row's crop. first: its place in the order of
-    samples, over all processes. reader: the one of its size.
-    """
-
-    batch: Batch
-    words: np.ndarray
-    futures: list[Future]
-    first: int
-    reader: _Reader
+_PLANNED = 2048  # samples whose places and random words are worked out together
 
 
 class Change(NamedTuple):
@@ -163,7 +47,9 @@ class Loader:
     seed: of order and crops. start: samples already used, by all processes. workers: decoding threads, 0 decodes in the
     caller. crop: the random crop. prefetch: batches prepared ahead. cache_bytes: memory for decoded images.
     changes: other sizes to come, ascending by `at`; one takes effect with the first batch that begins at or after it,
-    so that no sample is lost or repeated, and those before `start` have taken effect already.
+    so that no sample is lost or repeated, and those before `start` have taken effect already. decoder: a name of
+    `decoders.DECODERS`; sources that keep pixels need none. repeat: views of each image, neighbours in the order, with
+    a crop of its own each; the image is decoded once for them. pin: batches in page-locked memory, for a GPU.
 
     An image that cannot be read is put on `bad` and replaced by another one, so that the batch size is constant: the
     replacement depends on (seed, epoch, sample id) only, and `sample_ids` names the image really used.
@@ -185,20 +71,24 @@ class Loader:
         prefetch: int = 2,
         cache_bytes: int = _CACHE_BYTES,
         changes: Sequence[Change] = (),
+        decoder: str = "auto",
+        repeat: int = 1,
+        pin: bool = False,
     ) -> None:
-        _check_arguments(source, size, batch_size, start, workers, rank, world, prefetch)
+        _check_arguments(source, size, batch_size, start, workers, rank, world, prefetch, repeat)
         _check_changes(changes)
         philox.check_seed("loader", seed)
         self.source, self.size, self.batch_size, self.seed = source, size, batch_size, seed
         self.rank, self.world, self.workers, self.crop = rank, world, workers, crop
-        self.wait_seconds = 0.0  # time the consumer spent blocked in next(), in all
-        self._cache_bytes = cache_bytes
-        self._reader = _Reader(source, min_decoded_side(size, crop), cache_bytes)
+        self.repeat, self.clock = repeat, StageClock()
+        self._pin, self._decoder, self._cache_bytes = pin, open_decoder(decoder), cache_bytes
+        self._reader = Reader(source, self._decoder, min_decoded_side(size, crop), cache_bytes)
         self._next = start  # the first sample of the next batch to be prepared
         self._changes = deque(changes)
-        self._prefetch = prefetch
-        self._queue: deque[_Work] = deque()
-        self._pool = ThreadPoolExecutor(workers, "mimfast-loader") if workers else None
+        self._prefetch = prefetch if workers else 0
+        self._queue: deque[Work] = deque()
+        self._planned: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque()
+        self._filler = Filler(workers, crop, seed, self.clock)
         self._closed = False
 
     @property
@@ -219,24 +109,24 @@ class Loader:
             raise RuntimeError("loader: it is closed, expected an open one because close() has ended its threads")
         began = time.perf_counter()
         try:
-            while len(self._queue) <= (self._prefetch if self._pool else 0):
+            while len(self._queue) <= self._prefetch:
                 self._queue.append(self._prepare())
-            work = self._queue[0]
-            if self._pool is None:
-                self._fill(work, 0, len(work.words))
-            for future in work.futures:
-                future.result()
+            batch = self._filler.finish(self._queue[0])
             self._queue.popleft()
-            return work.batch
+            return batch
         finally:
-            self.wait_seconds += time.perf_counter() - began
+            self.clock.add("wait", time.perf_counter() - began, self.batch_size)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time the consumer spent blocked in next(), in all."""
+        return self.clock.seconds["wait"]
 
     def close(self) -> None:
         """End the threads; what they were preparing is dropped. May be called twice."""
         self._closed = True
         self._queue.clear()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._filler.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -244,77 +134,39 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        # Threads of a forgotten loader must not outlive it; it may be half built, or the interpreter on its way out.
-        with contextlib.suppress(Exception):
-            if self._pool is not None:
-                self._pool.shutdown(wait=False, cancel_futures=True)
-
     def _change(self) -> None:
         """Take the size and batch size that hold from the next sample on."""
         while self._changes and self._changes[0].at <= self._next:
             _, size, self.batch_size = self._changes.popleft()
+            self._planned.clear()
             if size != self.size:
                 # a JPEG may be decoded at a reduced size that depends on the crop's, so decoded images are not shared
                 self.size, side = size, min_decoded_side(size, self.crop)
-                self._reader = _Reader(self.source, side, self._cache_bytes, self._reader.bad)
+                self._reader = Reader(self.source, self._decoder, side, self._cache_bytes, self._reader.bad)
 
-    def _prepare(self) -> _Work:
-        """Lay out a batch and hand it to the threads in runs of rows: several for each, to even out slow images."""
+    def _rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Epochs, ids and random words of the next batch, which are worked out for several batches at once."""
+        if not self._planned:
+            batches = max(1, _PLANNED // self.batch_size)
+            firsts = self._next + self.batch_size * (self.rank + self.world * np.arange(batches))
+            image, view = np.divmod(np.add.outer(firsts, np.arange(self.batch_size)).ravel(), self.repeat)
+            epochs, ids = sample_at(image, len(self.source), self.seed)
+            epochs = epochs * self.repeat + view
+            parts = (np.split(x, batches) for x in (epochs, ids, crop_words(self.seed, epochs, ids)))
+            self._planned.extend(zip(*parts))
+        return self._planned.popleft()
+
+    def _prepare(self) -> Work:
+        """Lay out a batch and let it be filled."""
         self._change()
-        first = self._next + self.rank * self.batch_size
-        epochs, ids = sample_at(np.arange(first, first + self.batch_size), len(self.source), self.seed)
-        img = torch.empty(self.batch_size, 3, self.size, self.size, dtype=torch.uint8)
+        epochs, ids, words = self._rows()
+        img = torch.empty(self.batch_size, 3, self.size, self.size, dtype=torch.uint8, pin_memory=self._pin)
         labels = None if self.source.classes is None else torch.empty(self.batch_size, dtype=torch.int64)
         batch = Batch(img, torch.from_numpy(ids), torch.from_numpy(epochs), labels)
-        work = _Work(batch, crop_words(self.seed, epochs, ids), [], self._next, self._reader)
+        work = Work(batch, words, self._next, self._reader, self.repeat)
         self._next += self.batch_size * self.world
-        if self._pool is not None:
-            rows = max(1, self.batch_size // (4 * self.workers))
-            for a in range(0, self.batch_size, rows):
-                work.futures.append(self._pool.submit(self._fill, work, a, min(a + rows, self.batch_size)))
+        self._filler.start(work)
         return work
-
-    def _fill(self, work: _Work, first: int, last: int) -> None:
-        """Rows first to last: decode, replace what is bad, crop."""
-        img, ids, epochs = (tensor.numpy() for tensor in work.batch[:3])
-        for row in range(first, last):
-            planned = int(ids[row])
-            image = self._usable(work.reader, ids, int(epochs[row]), row)
-            words = work.words[row]
-            if ids[row] != planned:
-                words = crop_words(self.seed, epochs[row : row + 1], ids[row : row + 1])[0]
-            box, flip = crop_box(words, image.width, image.height, self.crop)
-            resample(image, box, img.shape[-1], flip, img[row], self.crop.filter)
-            if work.batch.labels is not None:
-                work.batch.labels[row] = self.source.label(int(ids[row])) or 0
-
-    def _usable(self, reader: _Reader, ids: np.ndarray, epoch: int, row: int) -> Image.Image:
-        """The image of ids[row]; when it is bad, ids[row] becomes the id of the replacement."""
-        image = reader.image(int(ids[row]))
-        if image is not None:
-            return image
-        for candidate in _replacements(self.seed, epoch, int(ids[row]), len(self.source)):
-            image = reader.image(candidate)
-            if image is not None:
-                ids[row] = candidate
-                return image
-        name, reason = self.bad.items()[0]
-        raise UserError(
-            f"loader: source has no readable image among {self.bad.count} tried of {len(self.source)} "
-            f"(the first: '{name}', {reason}), expected at least one because bad images are replaced by good ones"
-        )
-
-
-def _replacements(seed: int, epoch: int, sample_id: int, n: int) -> Iterator[int]:
-    """Ids to try instead of a bad one: a few at random, then the ones that follow the last, up to 1000 in all."""
-    words = philox.words(seed, philox.STREAM_REPLACE, epoch, np.array([sample_id]), _RANDOM_ATTEMPTS)[0]
-    candidate = sample_id
-    for word in words.tolist():
-        candidate = (word * n) >> 32
-        yield candidate
-    for step in range(1, min(n, _MAX_ATTEMPTS)):
-        yield (candidate + step) % n
 
 
 def load_all(source: Source, size: int, workers: int = 0, bad: BadImages | None = None) -> tuple[Tensor, Tensor | None]:
@@ -324,13 +176,15 @@ def load_all(source: Source, size: int, workers: int = 0, bad: BadImages | None 
     Returns img uint8 (N, 3, size, size) and labels int64 (N,), or None without classes.
     Raises UserError when none is readable.
     """
-    reader = _Reader(source, min_decoded_side(size, None), 0)
+    reader = Reader(source, open_decoder("auto"), min_decoded_side(size, None), 0)
     img = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
 
     def fill(i: int) -> bool:
-        image = reader.image(i)
+        image = reader.pixels(i, Tally())
         if image is not None:
-            resample(image, centre_box(image.width, image.height), size, False, img[i].numpy())
+            left, top, width, height = centre_box(image.shape[1], image.shape[0])
+            box = np.array([[top, left, height, width]], np.int32)
+            crop_rows([image], box, np.zeros(1, bool), "bicubic", img[i : i + 1].numpy())
         return image is not None
 
     if workers:
@@ -351,8 +205,9 @@ def load_all(source: Source, size: int, workers: int = 0, bad: BadImages | None 
 
 
 def _check_arguments(
-    source: Source, size: int, batch_size: int, start: int, workers: int, rank: int, world: int, prefetch: int
-) -> None:
+    source: Source, size: int, batch_size: int, start: int, workers: int, rank: int, world: int, prefetch: int,
+    repeat: int,
+) -> None:  # fmt: skip
     if len(source) == 0:
         raise UserError("loader: source has no images, expected at least one because batches have a constant size")
     for name, value, least in (
@@ -362,6 +217,7 @@ def _check_arguments(
         ("workers", workers, 0),
         ("prefetch", prefetch, 0),
         ("world", world, 1),
+        ("repeat", repeat, 1),
     ):
         if value < least:
             fail("loader", name, value, f"at least {least}", "a loader cannot work with less")

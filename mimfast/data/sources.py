@@ -1,8 +1,8 @@
 """Where images come from: a folder tree, tar shards, arrays, a mimfast store, or a set that the demo extra brings.
 
 A source is anything with the five members of `Source`. Image i is a sample id: it does not change within a run. A
-source whose images need no decoder also has `pixels(i)`, and `image_at` uses it. A source that knows the sizes of its
-images without reading them also has `shapes(min_side)`.
+source whose images need no decoder also has `pixels(i)`, see `pixels_at`; one that knows the sizes of its images before
+they are read also has `shapes(min_side)`, see `shapes_of`.
 """
 
 import hashlib
@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from mimfast._check import UserError
 from mimfast.data import index as _index
-from mimfast.data.decode import decode_image
 from mimfast.data.paths import files_of, kind_of
 
 
@@ -127,6 +125,7 @@ def pixels_at(source: Source, i: int) -> np.ndarray | None:
     return None if pixels is None else pixels(i)
 
 
+<<<<<<< HEAD
 def shapes_of(source: Source, min_side: int | None = None) -> np.ndarray | None:
     """int32 (N, 2), height and width of every image as it is decoded with `min_side` (see `decode.decode`), before any
     is read; None from a source that does not know them."""
@@ -140,6 +139,8 @@ def image_at(source: Source, i: int, min_side: int | None = None) -> Image.Image
     return decode_image(source.read(i), min_side) if pixels is None else Image.fromarray(pixels)
 
 
+=======
+>>>>>>> main
 def open_source(spec: str) -> Source:
     """The images at a path, whatever keeps them.
 

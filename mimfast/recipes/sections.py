@@ -89,6 +89,12 @@ class Data:
     """Filter that brings the crops to their size."""
     recolour: float = 0.0
     """Strength of random colour changes, 0 to 1, for sets of few images; 0: none."""
+    decoder: Literal["auto", "pillow"] = "auto"
+    """What decodes image files; auto: what measures fastest here. Stores of pixels need none."""
+    repeat: int = 1
+    """Views of each image in a batch, each with a crop and a mask of its own; the image is read and decoded once for
+    them, and an epoch has as many samples as ever, so fewer images.
+    """
     workers: int | None = None
     """Loader threads; none: by the hardware; 0: load between the steps. The batches are the same for any number."""
 

@@ -130,7 +130,7 @@ def _run(job: _Job, claim: folder.Claim | None, train: Source, held_out: Source)
     start = job.course.samples(job.step)
     with Loader(
         train, first.size, first.batch_size, recipe.train.seed, start, workers, crop, world.rank, world.size,
-        changes=later,
+        changes=later, decoder=recipe.data.decoder, repeat=recipe.data.repeat, pin=world.device.type == "cuda",
     ) as loader:  # fmt: skip
         _introduce(job, train, held_out)
         with Stop() as stop:
@@ -254,7 +254,7 @@ def _lr(job: _Job, stage: Stage) -> float:
 
 def _loss(job: _Job, model: Any, batch: Batch) -> Tensor:
     device = job.world.device
-    img, ids, epochs = (_move(tensor, device) for tensor in (batch.img, batch.sample_ids, batch.epochs))
+    img, ids, epochs = (x.to(device, non_blocking=True) for x in (batch.img, batch.sample_ids, batch.epochs))
     seed = job.recipe.train.seed
     img = recolour(img, ids, epochs, seed, job.recipe.data.recolour)
     live = {"img_size": img.shape[-1]} if job.recipe.progress.sizes else {}
@@ -263,10 +263,6 @@ def _loss(job: _Job, model: Any, batch: Batch) -> Tensor:
     mask = job.method.sample_mask(len(ids), sample_ids=ids, seed=seed, epoch=epochs, device=device, **live)
     with torch.autocast(device.type, torch.bfloat16, enabled=_bf16(job)):
         return model(img, mask)
-
-
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _bf16(job: _Job) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mimfast._check import UserError
-from mimfast.data import loader as loader_module
+from mimfast.data import decoders
 from mimfast.data.crop import CropConfig
 from mimfast.data.decode import decode
 from mimfast.data.loader import BadImages, Change, Loader, load_all
@@ -309,12 +309,11 @@ def test_threads_work_at_the_same_time(small):
 
 def test_cache_keeps_to_its_budget_and_saves_decoding(small, monkeypatch):
     calls = []
-    image_at = loader_module.image_at
-    monkeypatch.setattr(loader_module, "image_at", lambda *a: calls.append(1) or image_at(*a))
+    monkeypatch.setattr(decoders, "decode", lambda *a: calls.append(1) or decode(*a))
     take(small, 10, batch_size=7)
     assert len(calls) == 7
     calls.clear()
-    one = 4 * 24 * 24 + 1024
+    one = 3 * 24 * 24 + 512
     with Loader(small, 24, 7, 3, cache_bytes=3 * one + 10) as loader:
         for _ in range(10):
             next(loader)
@@ -359,6 +358,8 @@ def test_load_all_without_labels_or_images(small, tmp_path):
         ({"start": -1}, "loader: start has -1, expected at least 0"),
         ({"workers": -2}, "loader: workers has -2, expected at least 0"),
         ({"prefetch": -1}, "loader: prefetch has -1"),
+        ({"repeat": 0}, "loader: repeat has 0, expected at least 1"),
+        ({"decoder": "guess"}, "loader: decoder has 'guess', expected 'auto' or 'pillow'"),
         ({"rank": 2, "world": 2}, "loader: rank has 2, expected 0 to 1 because world is 2"),
         ({"seed": -5}, "loader: seed has -5"),
         ({"changes": [Change(4, 0, 2)]}, r"loader: changes has \(4, 0, 2\), expected sizes of at least 1"),

@@ -6,6 +6,7 @@ import pytest
 
 from mimfast._check import UserError
 from mimfast.data import tar as module
+from mimfast.data.clock import Tally
 from mimfast.data.loader import Loader
 from mimfast.data.sources import open_source
 from mimfast.data.tar import Shards
@@ -221,5 +222,5 @@ def test_the_odd_images_are_counted_and_named(tmp_path):
         next(loader)
         assert {name.split("/")[1] for name in loader.bad.names} <= {c.name for c in cases if c.pixels is None}
         for i, case in enumerate(cases):
-            assert (loader._reader.image(i) is None) == (case.pixels is None), case.name
+            assert (loader._reader.pixels(i, Tally()) is None) == (case.pixels is None), case.name
         assert loader.bad.count == sum(case.pixels is None for case in cases)
