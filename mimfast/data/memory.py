@@ -26,9 +26,7 @@ class Memory(NamedTuple):
         return max(0, self.free - self.room)
 
 
-def host_memory(
-    meminfo: Path = _MEMINFO, cgroup_root: Path = CGROUPS, membership: Path = MEMBERSHIP
-) -> Memory:
+def host_memory(meminfo: Path = _MEMINFO, cgroup_root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Memory:
     """Memory of the machine, or of the control group of this process when that allows less.
 
     An eighth of it, 1 GiB at least, stays free: for the network and the batches of this process, and for the system's

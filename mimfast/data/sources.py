@@ -125,7 +125,6 @@ def pixels_at(source: Source, i: int) -> np.ndarray | None:
     return None if pixels is None else pixels(i)
 
 
-<<<<<<< HEAD
 def shapes_of(source: Source, min_side: int | None = None) -> np.ndarray | None:
     """int32 (N, 2), height and width of every image as it is decoded with `min_side` (see `decode.decode`), before any
     is read; None from a source that does not know them."""
@@ -133,14 +132,6 @@ def shapes_of(source: Source, min_side: int | None = None) -> np.ndarray | None:
     return None if shapes is None else shapes(min_side)
 
 
-def image_at(source: Source, i: int, min_side: int | None = None) -> Image.Image:
-    """Image i decoded, RGB. min_side: see `decode.decode_image`. Raises OSError and BadImage."""
-    pixels = pixels_at(source, i)
-    return decode_image(source.read(i), min_side) if pixels is None else Image.fromarray(pixels)
-
-
-=======
->>>>>>> main
 def open_source(spec: str) -> Source:
     """The images at a path, whatever keeps them.
 
