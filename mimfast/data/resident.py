@@ -14,6 +14,7 @@ import contextlib
 import queue
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -107,11 +108,13 @@ def check_plan(wanted: Plan, cache: Cache, side: int | None, host: Memory | None
 
 
 def open_resident(
-    source: Source, cache: Cache, side: int | None, min_side: int | None, device: torch.device, processes: int = 1
-) -> tuple["Resident | None", Plan | None]:
+    source: Source, cache: Cache, side: int | None, min_side: int | None, device: torch.device, processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> tuple["Resident | None", Plan | None]:  # fmt: skip
     """The cache that a run asks for, once it is known to fit, and the plan of it; None where nothing is kept.
 
-    device: where the run trains. processes: how many of it share this machine. min_side: as of `Resident`.
+    device: where the run trains. processes: how many of it share this machine. wait: returns when all of them have
+    seen how much is free. min_side: as of `Resident`.
     Raises UserError: it does not fit, the sizes of the images are not known, or there is no GPU to keep them.
     """
     if cache == "none":
@@ -122,11 +125,15 @@ def open_resident(
     wanted = plan(source, gpu_memory(device), side, min_side) if cache == "gpu" else None
     wanted = plan(source, host, side, min_side, processes) if wanted is None else wanted
     check_plan(wanted, cache, side, host)
+    wait()
     return Resident(source, device if cache == "gpu" else "cpu", side, min_side), wanted
 
 
 class Resident:
     """Images of a source in one buffer. `put` and `has` may be called from many threads, `has` takes no lock.
+
+    Attributes: `buffer` uint8 (nbytes,), `nbytes`, `count` of the images that are there, `side`, `min_side`, `device`,
+    and `on_device`: crops can only be made by `crop`, for `get` has no pixels.
 
     source: what the images come from; ids are its ids. device: of the buffer; None keeps nothing and only makes copies.
     side: S of the copies; None: images as they are. min_side: that of the decoder (`decode.decode`), where there are no
@@ -153,6 +160,7 @@ class Resident:
         self.min_side = min_side if side is None else side
         self.device = None if device is None else torch.device(device)
         self._impl: Any = "auto"
+        self.on_device = False
         if self.device is None:
             return
         if self.device.type == "cuda":
@@ -166,8 +174,6 @@ class Resident:
         self.on_device = self.device.type != "cpu" if staged is None else staged
         self._host = None if self.on_device else self.buffer.numpy()
         self._staging = _Staging(self.buffer, self._largest) if self.on_device else None
-
-    on_device = False
 
     def _lay_out(self) -> None:
         n = len(self._source)
