@@ -110,15 +110,15 @@ def check_plan(wanted: Plan, cache: Cache, side: int | None, host: Memory | None
 def open_resident(
     source: Source, cache: Cache, side: int | None, min_side: int | None, device: torch.device, processes: int = 1,
     wait: Callable[[], None] = lambda: None,
-) -> tuple["Resident | None", Plan | None]:  # fmt: skip
-    """The cache that a run asks for, once it is known to fit, and the plan of it; None where nothing is kept.
+) -> "Resident | None":  # fmt: skip
+    """The cache that a run asks for, with its plan, once that is known to fit; None without cache and copies.
 
     device: where the run trains. processes: how many of it share this machine. wait: returns when all of them have
     seen how much is free. min_side: as of `Resident`.
     Raises UserError: it does not fit, the sizes of the images are not known, or there is no GPU to keep them.
     """
     if cache == "none":
-        return (None if side is None else Resident(source, None, side)), None
+        return None if side is None else Resident(source, None, side)
     if cache == "gpu" and device.type != "cuda":
         fail("pretrain", "data.cache", "'gpu'", "'none' or 'host'", f"the run is on {device.type}")
     host = host_memory()
@@ -126,14 +126,16 @@ def open_resident(
     wanted = plan(source, host, side, min_side, processes) if wanted is None else wanted
     check_plan(wanted, cache, side, host)
     wait()
-    return Resident(source, device if cache == "gpu" else "cpu", side, min_side), wanted
+    resident = Resident(source, device if cache == "gpu" else "cpu", side, min_side)
+    resident.plan = wanted
+    return resident
 
 
 class Resident:
     """Images of a source in one buffer. `put` and `has` may be called from many threads, `has` takes no lock.
 
     Attributes: `buffer` uint8 (nbytes,), `nbytes`, `count` of the images that are there, `side`, `min_side`, `device`,
-    and `on_device`: crops can only be made by `crop`, for `get` has no pixels.
+    `on_device`: crops can only be made by `crop`, for `get` has no pixels; `plan` of `open_resident`.
 
     source: what the images come from; ids are its ids. device: of the buffer; None keeps nothing and only makes copies.
     side: S of the copies; None: images as they are. min_side: that of the decoder (`decode.decode`), where there are no
@@ -159,6 +161,7 @@ class Resident:
         self.side, self._source = side, source
         self.min_side = min_side if side is None else side
         self.device = None if device is None else torch.device(device)
+        self.plan: Plan | None = None
         self._impl: Any = "auto"
         self.on_device = False
         if self.device is None:
@@ -379,4 +382,5 @@ def _grouped(number: int) -> str:
 
 
 def _amount(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+    unit, size = next((pair for pair in (("GB", 1e9), ("MB", 1e6)) if nbytes >= pair[1]), ("kB", 1e3))
+    return f"{nbytes / size:.1f} {unit}"

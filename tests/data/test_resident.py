@@ -352,11 +352,13 @@ def test_nothing_is_recommended_that_does_not_fit():
 
 def test_opening(stores, monkeypatch):
     source, cpu = Store(stores["raw"]), torch.device("cpu")
-    assert open_resident(source, "none", None, None, cpu) == (None, None)
-    copies, none = open_resident(source, "none", 16, None, cpu)
-    assert (copies.side, copies.device, none) == (16, None, None)
-    kept, found = open_resident(source, "host", None, None, cpu)
-    assert kept.nbytes == found.need
+    assert open_resident(source, "none", None, None, cpu) is None
+    copies = open_resident(source, "none", 16, None, cpu)
+    assert (copies.side, copies.device, copies.plan) == (16, None, None)
+    asked = Mock()
+    kept = open_resident(source, "host", None, None, cpu, wait=asked)
+    asked.assert_called_once_with()
+    assert kept.nbytes == kept.plan.need
     assert not kept.on_device
     with pytest.raises(UserError, match=r"data\.cache has 'gpu', expected 'none' or 'host' because the run is on cpu"):
         open_resident(source, "gpu", None, None, cpu)
@@ -377,5 +379,5 @@ def test_bad_arguments(stores):
 
 def test_memory_that_the_system_refuses(monkeypatch):
     monkeypatch.setattr(torch, "empty", Mock(side_effect=RuntimeError("no such luck\nwith a trace")))
-    with pytest.raises(UserError, match=r"cache: cpu has no 0.0 MB in one piece, expected .*\(no such luck\)"):
+    with pytest.raises(UserError, match=r"cache: cpu has no 0.2 kB in one piece, expected .*\(no such luck\)"):
         Resident(Arrays(np.zeros((1, 8, 8, 3), np.uint8)), "cpu")
