@@ -72,7 +72,7 @@ class Plan(NamedTuple):
         memory = self.memory
         return (
             f"{_grouped(self.images)} images{' of' if self.least != self.most else ' x'} {each}{ranks} = "
-            f"{_amount(self.need)}, {_amount(memory.free)} free {memory.place} of which {_amount(memory.room)} stay "
+            f"{_amount(self.need)}, {_amount(memory.free)} free {memory.place}, of which {_amount(memory.room)} stay "
             f"free for {memory.what_for}"
         )
 
