@@ -1,12 +1,12 @@
 """Crops per second of later epochs with the images in memory (--data.cache host) against decoding them each time.
 
-    python bench/data/bench_resident.py --data STORE [--size 128] [--cache-side 128] [--workers 1] [--json FILE]
+    python bench/data/bench_resident.py --data STORE [--size 128] [--cache-side 128] [--workers 1] [--gpu] [--json FILE]
 
 One loader for each contestant, all of one source, seed and size: without a cache, with the images in the memory of the
-machine, and both again with crops out of square copies. A cache is full before anything is measured; the contestants
-take turns within one process, and the median of the rounds is printed with the extremes. The small cache of decoded
-images that a loader has of its own is off. A source that does not know the sizes of its images (a folder) is measured
-with copies only.
+machine (with --gpu also of the GPU, which makes the crops), and all again with crops out of square copies. A cache is
+full before anything is measured; the contestants take turns within one process, and the median of the rounds is printed
+with the extremes. The small cache of decoded images that a loader has of its own is off. A source that does not know
+the sizes of its images (a folder) is measured with copies only.
 """
 
 import argparse
@@ -25,21 +25,20 @@ from mimfast.data.sources import Source, open_source, shapes_of
 
 
 def contestants(source: Source, args: argparse.Namespace) -> dict[str, Loader]:
-    """name -> a loader that is in its second epoch; the first name of each pair keeps nothing."""
+    """name -> a loader, which is in its second epoch where it has a cache."""
     kinds: dict[str, Resident | None] = {}
+    places = {"host": "cpu", "gpu": "cuda"} if args.gpu else {"host": "cpu"}
     if shapes_of(source) is not None:
-        kinds |= {"none": None, "host": Resident(source, "cpu")}
+        kinds |= {"none": None, **{name: Resident(source, device) for name, device in places.items()}}
     if args.cache_side:
         side = args.cache_side
-        kinds |= {
-            f"none, side {side}": Resident(source, None, side),
-            f"host, side {side}": Resident(source, "cpu", side),
-        }
+        kinds[f"none, side {side}"] = Resident(source, None, side)
+        kinds |= {f"{name}, side {side}": Resident(source, device, side) for name, device in places.items()}
     loaders = {}
     for name, resident in kinds.items():
-        options = {"workers": args.workers, "cache_bytes": 0, "resident": resident}
+        options = {"workers": args.workers, "cache_bytes": 0, "resident": resident, "pin": args.gpu}
         loaders[name] = Loader(source, args.size, args.batch_size, 0, **options)
-        if name.startswith("host"):
+        if not name.startswith("none"):
             for _ in range(-(-len(source) // args.batch_size)):
                 next(loaders[name])
     return loaders
@@ -49,10 +48,17 @@ def rate(loader: Loader, seconds: float) -> float:
     """Images per second over about `seconds`, once what was prepared ahead is used up."""
     for _ in range(3):
         next(loader)
+    _finish()
     began, images = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
         images += len(next(loader).img)
+    _finish()
     return images / (time.perf_counter() - began)
+
+
+def _finish() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -62,6 +68,7 @@ def main() -> None:
     parser.add_argument("--cache-side", type=int, default=128, help="0: no copies")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--gpu", action="store_true", help="also in the memory of the GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--json", type=Path, help="write the record here")
@@ -79,7 +86,7 @@ def main() -> None:
     print(f"{'cache':<16} {'img/s':>9} {'least':>9} {'most':>9}  against none")
     medians = {name: statistics.median(found) for name, found in rates.items()}
     for name, found in rates.items():
-        ratio = medians[name] / medians[name.replace("host", "none")]
+        ratio = medians[name] / medians[name.replace("host", "none").replace("gpu", "none")]
         print(f"{name:<16} {medians[name]:9.0f} {min(found):9.0f} {max(found):9.0f}  {ratio:.2f}x")
     if args.json:
         record = {
