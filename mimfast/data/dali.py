@@ -90,12 +90,13 @@ class DaliCrops:
         """
         if not 1 <= len(files) <= self.batch_size:
             fail("dali", "files", len(files), f"1 to {self.batch_size}", "that is the batch size of the pipeline")
+        boxes, flip = np.ascontiguousarray(boxes), np.ascontiguousarray(flip)
         for name, given, dtype, shape in (
-            ("boxes", boxes, torch.int32, (len(files), 4)),
-            ("flip", flip, torch.bool, (len(files),)),
+            ("boxes", torch.from_numpy(boxes), torch.int32, (len(files), 4)),
+            ("flip", torch.from_numpy(flip), torch.bool, (len(files),)),
         ):
-            check_dtype("dali", name, torch.as_tensor(given), (dtype,), "each file has its own")
-            check_shape("dali", name, torch.as_tensor(given), shape, f"there are {len(files)} files")
+            check_dtype("dali", name, given, (dtype,), "each file has its own")
+            check_shape("dali", name, given, shape, f"there are {len(files)} files")
         # DALI mirrors what is resized to a negative width
         self._line.feed(files, boxes, np.where(flip, -self.size, self.size).astype(np.float32))
 
