@@ -195,7 +195,7 @@ class _Line:
     def __init__(
         self, graph: Callable[..., Any], squares: bool, batch_size: int, threads: int, device_id: int | None
     ) -> None:
-        self._dali = _import()
+        self._dali, self._most = _import(), _most_bytes()
         self._graph, self._device_id = graph, device_id
         self._batch_size, self._threads = batch_size, threads
         self._inputs = ("file", "start", "shape", "width") if squares else ("file", "start", "shape")
@@ -213,7 +213,9 @@ class _Line:
         rows = [row for row, file in enumerate(files) if file is not None]
         there = [file for file in files if file is not None]
         batch = _Batch(len(files), rows, there, boxes[rows], None if width is None else width[rows], {})
-        shut = [k for k, (file, box) in enumerate(zip(there, batch.boxes.tolist())) if not _opens(file, box)]
+        shut = [
+            k for k, (file, box) in enumerate(zip(there, batch.boxes.tolist())) if not _opens(file, box, self._most)
+        ]
         self._fed.append(batch.without(shut) if shut else batch)
         self._push(self._fed[-1])
 
@@ -313,15 +315,16 @@ _DOT = _Batch(
 )
 
 
-def _opens(file: bytes, box: list[int]) -> bool:
-    """DALI's parser takes the file, and the box is inside."""
+def _opens(file: bytes, box: list[int], most: int) -> bool:
+    """DALI's parser takes the file, its image has `most` bytes at most, and the box is inside."""
     from nvidia import nvimgcodec
 
     top, left, height, width = box
     try:
         found = nvimgcodec.CodeStream(file)
         inside = 0 <= top <= top + height <= found.height and 0 <= left <= left + width <= found.width
-        return inside and min(height, width) > 0 and found.codec_name in _CODECS
+        small = 3 * found.height * found.width <= most
+        return inside and small and min(height, width) > 0 and found.codec_name in _CODECS
     except RuntimeError:
         return False
 
@@ -337,8 +340,6 @@ def _reason(file: bytes) -> str:
 
 def _import() -> Any:
     """nvidia.dali. Raises UserError."""
-    # bytes of a decoded image; read when a decoder is made
-    os.environ.setdefault("DALI_MAX_IMAGE_SIZE", str(3 * MAX_PIXELS))
     # read when it is imported: its remarks about damaged files would go to the terminal
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
     try:
@@ -349,6 +350,12 @@ def _import() -> Any:
     except ImportError as error:
         raise UserError(f"dali: it cannot be loaded ({error}), install it with {INSTALL} to decode with it") from None
     return nvidia.dali
+
+
+def _most_bytes() -> int:
+    """Of a decoded image: what DALI_MAX_IMAGE_SIZE says, which DALI up to 2.3 reads when it makes a decoder."""
+    found = os.environ.setdefault("DALI_MAX_IMAGE_SIZE", str(3 * MAX_PIXELS))
+    return int(found) if found.isdigit() else 3 * MAX_PIXELS
 
 
 def _device(name: str) -> torch.device:
