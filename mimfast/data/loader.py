@@ -24,6 +24,7 @@ from mimfast.data.crop import CropConfig, centre_box, crop_rows, crop_words, min
 from mimfast.data.decoders import open_decoder
 from mimfast.data.fill import Batch, Filler, Reader, Work
 from mimfast.data.order import sample_at
+from mimfast.data.resident import Resident
 from mimfast.data.sources import Source
 
 _CACHE_BYTES = 256 << 20
@@ -50,6 +51,8 @@ class Loader:
     so that no sample is lost or repeated, and those before `start` have taken effect already. decoder: a name of
     `decoders.DECODERS`; sources that keep pixels need none. repeat: views of each image, neighbours in the order, with
     a crop of its own each; the image is decoded once for them. pin: batches in page-locked memory, for a GPU.
+    resident: keeps what has been decoded for later epochs, see `resident.Resident`; when that is on a GPU, batches come
+    from there, made on the current stream. It stays its owner's.
 
     An image that cannot be read is put on `bad` and replaced by another one, so that the batch size is constant: the
     replacement depends on (seed, epoch, sample id) only, and `sample_ids` names the image really used.
@@ -74,6 +77,7 @@ class Loader:
         decoder: str = "auto",
         repeat: int = 1,
         pin: bool = False,
+        resident: Resident | None = None,
     ) -> None:
         _check_arguments(source, size, batch_size, start, workers, rank, world, prefetch, repeat)
         _check_changes(changes)
@@ -81,8 +85,10 @@ class Loader:
         self.source, self.size, self.batch_size, self.seed = source, size, batch_size, seed
         self.rank, self.world, self.workers, self.crop = rank, world, workers, crop
         self.repeat, self.clock = repeat, StageClock()
-        self._pin, self._decoder, self._cache_bytes = pin, open_decoder(decoder), cache_bytes
-        self._reader = Reader(source, self._decoder, min_decoded_side(size, crop), cache_bytes)
+        self._pin, self._decoder, self._resident = pin, open_decoder(decoder), resident
+        self._cache_bytes = 0 if resident is not None and resident.device is not None else cache_bytes
+        self._bad = BadImages()
+        self._reader = self._open()
         self._next = start  # the first sample of the next batch to be prepared
         self._changes = deque(changes)
         self._prefetch = prefetch if workers else 0
@@ -94,7 +100,7 @@ class Loader:
     @property
     def bad(self) -> BadImages:
         """What could not be read so far: `count`, `names`, `reasons`, `items()`."""
-        return self._reader.bad
+        return self._bad
 
     @property
     def position(self) -> int:
@@ -141,8 +147,12 @@ class Loader:
             self._planned.clear()
             if size != self.size:
                 # a JPEG may be decoded at a reduced size that depends on the crop's, so decoded images are not shared
-                self.size, side = size, min_decoded_side(size, self.crop)
-                self._reader = Reader(self.source, self._decoder, side, self._cache_bytes, self._reader.bad)
+                self.size = size
+                self._reader = self._open()
+
+    def _open(self) -> Reader:
+        side = min_decoded_side(self.size, self.crop)
+        return Reader(self.source, self._decoder, side, self._cache_bytes, self._bad, self._resident)
 
     def _rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epochs, ids and random words of the next batch, which are worked out for several batches at once."""
@@ -180,7 +190,8 @@ def load_all(source: Source, size: int, workers: int = 0, bad: BadImages | None 
     img = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
 
     def fill(i: int) -> bool:
-        image = reader.pixels(i, Tally())
+        found = reader.image(i, Tally())
+        image = None if found is None else found.pixels
         if image is not None:
             left, top, width, height = centre_box(image.shape[1], image.shape[0])
             box = np.array([[top, left, height, width]], np.int32)

@@ -95,6 +95,14 @@ class Data:
     """Views of each image in a batch, each with a crop and a mask of its own; the image is read and decoded once for
     them, and an epoch has as many samples as ever, so fewer images.
     """
+    cache: Literal["none", "host", "gpu"] = "none"
+    """Keep decoded images in the memory of the machine or of each GPU from the first epoch on. The batches stay the
+    same. A run whose images do not fit says so at once.
+    """
+    cache_side: int | None = None
+    """Take crops out of copies of the images that are squeezed to squares of this side in pixels, so that a cache takes
+    3 * cache_side**2 bytes an image; none: out of the images.
+    """
     workers: int | None = None
     """Loader threads; none: by the hardware; 0: load between the steps. The batches are the same for any number."""
 

@@ -18,7 +18,9 @@ from mimfast import recipes, report, settings
 from mimfast._check import UserError
 from mimfast._weights import write_atomically
 from mimfast.data.cpu import default_workers, usable_cpus
+from mimfast.data.crop import min_decoded_side
 from mimfast.data.loader import Batch, Change, Loader
+from mimfast.data.resident import Resident, open_resident
 from mimfast.data.sources import Source, open_source, split
 from mimfast.recipes import Recipe
 from mimfast.train import checkpoint, folder, parallel
@@ -108,6 +110,7 @@ def _pretrain(recipe: Recipe, resume: bool, world: parallel.World, screen: Scree
     )
     if recipe.progress.sizes:
         try_sizes(method, course, world.device)
+    resident = _cache(recipe, course, train, world)
     claim, recipe = _claim(recipe, resume, world)
     try:
         out = Path(str(recipe.run.out))
@@ -116,13 +119,13 @@ def _pretrain(recipe: Recipe, resume: bool, world: parallel.World, screen: Scree
             _restore(job)
         if claim is not None:
             claim.mark("running", job.step, job.steps)
-        return _run(job, claim, train, held_out)
+        return _run(job, claim, train, held_out, resident)
     finally:
         if claim is not None:
             claim.release()
 
 
-def _run(job: _Job, claim: folder.Claim | None, train: Source, held_out: Source) -> Outcome:
+def _run(job: _Job, claim: folder.Claim | None, train: Source, held_out: Source, resident: Resident | None) -> Outcome:
     recipe, world = job.recipe, job.world
     workers = recipe.data.workers if recipe.data.workers is not None else _workers(world)
     crop = recipes.crop(recipe)
@@ -131,8 +134,11 @@ def _run(job: _Job, claim: folder.Claim | None, train: Source, held_out: Source)
     with Loader(
         train, first.size, first.batch_size, recipe.train.seed, start, workers, crop, world.rank, world.size,
         changes=later, decoder=recipe.data.decoder, repeat=recipe.data.repeat, pin=world.device.type == "cuda",
+        resident=resident,
     ) as loader:  # fmt: skip
         _introduce(job, train, held_out)
+        if resident is not None and resident.plan is not None:
+            job.screen.say(resident.plan.sentence)
         with Stop() as stop:
             _loop(job, loader, stop)
         bad = job.bad(loader)
@@ -152,6 +158,13 @@ def _set_threads(spare: int) -> None:
 def _workers(world: parallel.World) -> int:
     """Loader threads when the recipe leaves them open: a CPU run needs its cores for the network."""
     return 1 if world.device.type == "cpu" else max(1, default_workers() // parallel.local_size())
+
+
+def _cache(recipe: Recipe, course: Course, train: Source, world: parallel.World) -> Resident | None:
+    """Memory for the images, set aside after the network and before the run folder is claimed."""
+    largest = max(stage.img_size for stage in course.stages)
+    side, data = min_decoded_side(largest, recipes.crop(recipe)), recipe.data
+    return open_resident(train, data.cache, data.cache_side, side, world.device, parallel.local_size(), world.wait)
 
 
 def _open(recipe: Recipe) -> tuple[Source, Source]:
