@@ -133,6 +133,8 @@ class DaliParts:
     """
 
     def __init__(self, batch_size: int, threads: int = 1) -> None:
+        self.batch_size = batch_size
+
         def graph(dali: Any, file: Any, start: Any, shape: Any) -> Any:
             return dali.fn.decoders.image_slice(file, start, shape, axes=(0, 1), device="cpu", adjust_orientation=False)
 
