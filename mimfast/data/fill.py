@@ -26,6 +26,7 @@ from mimfast.ops.crop_resize import MAX_SIDE
 _RANDOM_ATTEMPTS = 8
 _MAX_ATTEMPTS = 1000
 _IMAGE_OVERHEAD = 512  # bytes of Python objects around the pixels of one cached image
+_AHEAD = 16  # rows that a decoder of batches gets together
 _AT_ONCE = 8 << 20  # decoded pixels that wait to be cropped together
 
 
@@ -44,10 +45,12 @@ class Batch(NamedTuple):
 
 
 class _Cache:
-    """Decoded images, the least recently used dropped first once they exceed a number of bytes."""
+    """Decoded images, the least recently used dropped first once they exceed a number of bytes. `full`: it holds no
+    more, or would drop others for it."""
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
+        self.full = budget <= 0
         self._used = 0
         self._images: OrderedDict[int, Kept] = OrderedDict()
         self._lock = threading.Lock()
@@ -62,6 +65,7 @@ class _Cache:
     def put(self, key: int, image: Kept) -> None:
         weight = _weight(image)
         if weight > self._budget:
+            self.full = True
             return
         with self._lock:
             if key in self._images:
@@ -69,6 +73,7 @@ class _Cache:
             self._images[key] = image
             self._used += weight
             while self._used > self._budget:
+                self.full = True
                 self._used -= _weight(self._images.popitem(last=False)[1])
 
 
@@ -93,29 +98,54 @@ class Reader:
     ) -> None:  # fmt: skip
         self.source, self.decoder, self.resident = source, decoder, resident
         self.bad = BadImages() if bad is None else bad
-        self._min_side = min_side if resident is None or resident.side is None else resident.side
-        self._same = None if resident is None else resident.usable(self._min_side)
+        self.min_side = min_side if resident is None or resident.side is None else resident.side
+        self._same = None if resident is None else resident.usable(self.min_side)
         self._cache = _Cache(cache_bytes)
 
-    def image(self, sample_id: int, tally: Tally) -> Kept | None:
-        """None when the image is bad."""
-        image = self._there(sample_id) or self._cache.get(sample_id)
+    @property
+    def caches(self) -> bool:
+        """Decoded images are kept for later, and there is room."""
+        return not self._cache.full
+
+    def known(self, sample_id: int) -> Kept | None:
+        """An image that is there already."""
+        return self._there(sample_id) or self._cache.get(sample_id)
+
+    def image(self, sample_id: int, tally: Tally, data: bytes | None = None) -> Kept | None:
+        """None when the image is bad. data: its file, where that has been read already."""
+        image = self.known(sample_id)
         if image is not None or sample_id in self.bad:
             return image
         try:
-            pixels, decoded = self._load(sample_id, tally)
-            if max(pixels.shape) > MAX_SIDE:
-                raise BadImage(f"{pixels.shape[1]}x{pixels.shape[0]} has a side of more than {MAX_SIDE} pixels")
-            image = self._keep(sample_id, pixels, tally)
-            if decoded or image.pixels is not pixels:
-                self._cache.put(sample_id, image)
-            return image
-        except BadImage as error:
-            reason = error.reason
-        except OSError as error:
-            reason = f"cannot be read: {error.strerror or error}"
-        self.bad.add(sample_id, self.source.name(sample_id), reason)
+            pixels, decoded = self._load(sample_id, tally, data)
+            return self.keep(sample_id, pixels, decoded, tally)
+        except (BadImage, OSError) as error:
+            self._refuse(sample_id, error)
         return None
+
+    def file(self, sample_id: int, tally: Tally) -> bytes | None:
+        """The bytes of a file; None when it cannot be read, or the source keeps pixels."""
+        began = time.perf_counter()
+        try:
+            return self.source.read(sample_id) if pixels_at(self.source, sample_id) is None else None
+        except OSError as error:
+            self._refuse(sample_id, error)
+        finally:
+            tally.add("read", time.perf_counter() - began)
+        return None
+
+    def keep(self, sample_id: int, pixels: np.ndarray, decoded: bool, tally: Tally) -> Kept:
+        """What the crops of a whole image come out of, kept for later. Raises BadImage."""
+        if max(pixels.shape) > MAX_SIDE:
+            raise BadImage(f"{pixels.shape[1]}x{pixels.shape[0]} has a side of more than {MAX_SIDE} pixels")
+        image = self._keep(sample_id, pixels, tally)
+        if decoded or image.pixels is not pixels:
+            self._cache.put(sample_id, image)
+        return image
+
+    def _refuse(self, sample_id: int, error: BadImage | OSError) -> None:
+        said = error.reason if isinstance(error, BadImage) else f"cannot be read: {error.strerror or error}"
+        self.bad.add(sample_id, self.source.name(sample_id), said)
 
     def _there(self, sample_id: int) -> Kept | None:
         """From the resident, unless it was decoded to another size there."""
@@ -123,17 +153,20 @@ class Reader:
             return None
         return self.resident.get(sample_id)
 
-    def _load(self, sample_id: int, tally: Tally) -> tuple[np.ndarray, bool]:
+    def _load(self, sample_id: int, tally: Tally, data: bytes | None) -> tuple[np.ndarray, bool]:
         """Pixels, and whether they had to be decoded."""
-        began = time.perf_counter()
-        pixels = pixels_at(self.source, sample_id)
-        data = self.source.read(sample_id) if pixels is None else b""
+        pixels = None
+        if data is None:
+            began = time.perf_counter()
+            pixels = pixels_at(self.source, sample_id)
+            data = self.source.read(sample_id) if pixels is None else None
+            tally.add("read", time.perf_counter() - began)
         read = time.perf_counter()
-        tally.add("read", read - began)
-        if pixels is None:
-            pixels = self.decoder.pixels(data, self._min_side)
+        if data is not None:
+            pixels = self.decoder.pixels(data, self.min_side)
             tally.add("decode", time.perf_counter() - read)
             return pixels, True
+        assert pixels is not None
         return pixels, False
 
     def _keep(self, sample_id: int, pixels: np.ndarray, tally: Tally) -> Kept:
@@ -205,10 +238,14 @@ class Filler:
         tally, ids, labels = Tally(), work.batch.sample_ids.numpy(), work.batch.labels
         images: list[Kept] = []
         known: dict[int, Kept] = {}
+        ahead: dict[int, Kept] = {}
         waiting = 0
+        step = -(-_AHEAD // work.repeat) * work.repeat
         for row in range(first, last):
+            if (row - first) % step == 0:
+                ahead = self._ahead(work, row, min(row + step, last), tally)
             planned = int(ids[row])
-            image = known.get(planned)
+            image = ahead.get(row) or known.get(planned)
             if image is None:
                 image = self._usable(work, row, tally)
                 # neighbours are views of one image; a replacement is each view's own
@@ -224,6 +261,10 @@ class Filler:
             self._crop(work, last - len(images), images, tally)
         self.clock.merge(tally)
 
+    def _ahead(self, work: Work, first: int, last: int, tally: Tally) -> dict[int, Kept]:
+        """row -> image, for rows first to last that are better decoded together; others come one by one."""
+        return {}
+
     def _crop(self, work: Work, first: int, images: list[Kept], tally: Tally) -> None:
         began = time.perf_counter()
         rows, resident = slice(first, first + len(images)), work.reader.resident
@@ -236,6 +277,7 @@ class Filler:
             work.held[rows], work.boxes[rows], work.flip[rows] = ~here, boxes, flip
         if pixels:
             there = boxes if resident is None else resident.place(boxes, widths, heights)
+            there = there - np.array([(image.top, image.left, 0, 0) for image in images], np.int32)
             some = out if here.all() else np.empty((len(pixels), *out.shape[1:]), np.uint8)
             crop_rows(pixels, there[here], flip[here], self.crop.filter, some)
             if some is not out:

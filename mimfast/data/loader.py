@@ -23,6 +23,7 @@ from mimfast.data.clock import StageClock, Tally
 from mimfast.data.crop import CropConfig, centre_box, crop_rows, crop_words, min_decoded_side
 from mimfast.data.decoders import open_decoder
 from mimfast.data.fill import Batch, Filler, Reader, Work
+from mimfast.data.fill_dali import DaliFiller
 from mimfast.data.order import sample_at
 from mimfast.data.resident import Resident
 from mimfast.data.sources import Source
@@ -49,8 +50,9 @@ class Loader:
     caller. crop: the random crop. prefetch: batches prepared ahead. cache_bytes: memory for decoded images.
     changes: other sizes to come, ascending by `at`; one takes effect with the first batch that begins at or after it,
     so that no sample is lost or repeated, and those before `start` have taken effect already. decoder: a name of
-    `decoders.DECODERS`; sources that keep pixels need none. repeat: views of each image, neighbours in the order, with
-    a crop of its own each; the image is decoded once for them. pin: batches in page-locked memory, for a GPU.
+    `decoders.DECODERS`, or "dali", which gives the batches of "pillow"; sources that keep pixels need none. repeat:
+    views of each image, neighbours in the order, with a crop of its own each; the image is decoded once for them.
+    pin: batches in page-locked memory, for a GPU.
     resident: keeps what has been decoded for later epochs, see `resident.Resident`; when that is on a GPU, batches come
     from there, made on the current stream. It stays its owner's.
 
@@ -85,7 +87,8 @@ class Loader:
         self.source, self.size, self.batch_size, self.seed = source, size, batch_size, seed
         self.rank, self.world, self.workers, self.crop = rank, world, workers, crop
         self.repeat, self.clock = repeat, StageClock()
-        self._pin, self._decoder, self._resident = pin, open_decoder(decoder), resident
+        self._pin, self._resident = pin, resident
+        self._decoder = open_decoder("pillow" if decoder == "dali" else decoder)
         self._cache_bytes = 0 if resident is not None and resident.device is not None else cache_bytes
         self._bad = BadImages()
         self._reader = self._open()
@@ -94,7 +97,7 @@ class Loader:
         self._prefetch = prefetch if workers else 0
         self._queue: deque[Work] = deque()
         self._planned: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque()
-        self._filler = Filler(workers, crop, seed, self.clock)
+        self._filler = (DaliFiller if decoder == "dali" else Filler)(workers, crop, seed, self.clock)
         self._closed = False
 
     @property

@@ -35,11 +35,13 @@ _SIDE_STEP = 16
 
 class Kept(NamedTuple):
     """What crops of an image come out of. pixels: uint8 (h, w, 3), None where only the GPU has them; width and height
-    of the original, which crop boxes refer to."""
+    of the original, which crop boxes refer to; top and left, where `pixels` begin in it when they are a part."""
 
     pixels: np.ndarray | None
     width: int
     height: int
+    top: int = 0
+    left: int = 0
 
 
 class Plan(NamedTuple):
