@@ -213,7 +213,7 @@ def _loop(job: _Job, loader: Loader, stop: Stop) -> None:
     params = [p for p in job.method.parameters() if p.requires_grad]
     log = Log(job.folder, recipe.run.tensorboard, job.step) if job.world.first else None
     began, saved = time.monotonic() - job.seconds, time.monotonic()
-    waited = loader.wait_seconds
+    job.meter.watch(loader.clock)
     job.screen.begin(job.step, job.steps)
     stopping = False
     while job.step < job.steps and not stopping:
@@ -232,7 +232,6 @@ def _loop(job: _Job, loader: Loader, stop: Stop) -> None:
         # a single process stops at once; several agree through the sums of a logging interval
         stopping = job.world.size == 1 and stop.signal is not None
         if job.step % train.log_every == 0 or job.step == job.steps:
-            job.meter.wait_s, waited = loader.wait_seconds - waited, loader.wait_seconds
             line = job.meter.flush(_about(job, loader, stage, lr), stop.signal is not None)
             stopping = _show(job, log, line) or stopping
         if _due(job, saved) and not stopping:
@@ -254,7 +253,10 @@ def _lr(job: _Job, stage: Stage) -> float:
 
 def _loss(job: _Job, model: Any, batch: Batch) -> Tensor:
     device = job.world.device
+    began = time.perf_counter()
     img, ids, epochs = (x.to(device, non_blocking=True) for x in (batch.img, batch.sample_ids, batch.epochs))
+    # the time of the host alone: the copy itself goes on while the step is being launched
+    job.meter.clock.add("transfer", time.perf_counter() - began, len(ids))
     seed = job.recipe.train.seed
     img = recolour(img, ids, epochs, seed, job.recipe.data.recolour)
     live = {"img_size": img.shape[-1]} if job.recipe.progress.sizes else {}

@@ -70,9 +70,14 @@ def test_the_folder_is_complete(clean):
     lines = read(clean / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     wanted = "step epoch loss lr images_per_second data_wait grad_norm memory skipped bad_images"
+    wanted += " data_read_s data_decode_s data_crop_s data_transfer_s"
     assert all(set(wanted.split()) <= line.keys() for line in lines)
     assert lines[-1]["epoch"] == pytest.approx(6 * 4 / 9, abs=1)
     assert all(0 <= line["data_wait"] <= 1 and line["images_per_second"] > 0 for line in lines)
+    # nothing is decoded twice: the images stay in the cache
+    assert lines[0]["data_decode_s"] > 0
+    assert lines[-1]["data_decode_s"] == lines[-1]["data_read_s"] == 0
+    assert all(line["data_crop_s"] > 0 for line in lines)
     errors = json.loads((clean / "results.json").read_text())["reconstruction"]["mse"]
     assert all(0 < error < 1 for error in errors.values())
 
