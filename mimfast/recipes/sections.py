@@ -96,7 +96,9 @@ class Data:
     them, and an epoch has as many samples as ever, so fewer images.
     """
     workers: int | None = None
-    """Loader threads; none: by the hardware; 0: load between the steps. The batches are the same for any number."""
+    """Loader threads; none: one for each core, of which a CPU run lets only as many work as keep up with it; 0: load
+    between the steps. The batches are the same for any number.
+    """
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Meter:
         self._waiting: tuple[dict[str, Any], Tensor, torch.cuda.Event | None] | None = None
         self._since = time.perf_counter()
         self.images = 0
+        self.waited = 0.0  # share of the interval that ended last
         self.watch(StageClock())
 
     def watch(self, clock: StageClock) -> None:
@@ -63,7 +64,8 @@ class Meter:
         took = max(now - self._since, 1e-9)
         spent = self.clock.snapshot()
         data = {stage: seconds - self._spent[stage][0] for stage, (seconds, _) in spent.items()}
-        about = {**about, "images_per_second": self.images / took, "data_wait": min(data.pop("wait") / took, 1.0)}
+        self.waited = min(data.pop("wait") / took, 1.0)
+        about = {**about, "images_per_second": self.images / took, "data_wait": self.waited}
         about |= {f"data_{stage}_s": round(seconds, 4) for stage, seconds in data.items()}
         self.sums[STOP] = float(stop)
         sums = self.world.sum(self.sums)
