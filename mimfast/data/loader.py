@@ -131,6 +131,15 @@ class Loader:
         """Time the consumer spent blocked in next(), in all."""
         return self.clock.seconds["wait"]
 
+    @property
+    def busy_workers(self) -> int:
+        """How many of the threads may work at a time, all of them at first; may be set to 1 to `workers`."""
+        return self._filler.gate.limit
+
+    @busy_workers.setter
+    def busy_workers(self, limit: int) -> None:
+        self._filler.gate.limit = min(max(1, limit), max(1, self.workers))
+
     def close(self) -> None:
         """End the threads; what they were preparing is dropped. May be called twice."""
         self._closed = True

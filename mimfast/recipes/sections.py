@@ -104,7 +104,9 @@ class Data:
     3 * cache_side**2 bytes an image; none: out of the images.
     """
     workers: int | None = None
-    """Loader threads; none: by the hardware; 0: load between the steps. The batches are the same for any number."""
+    """Loader threads; none: one for each core, of which a CPU run lets only as many work as keep up with it; 0: load
+    between the steps. The batches are the same for any number.
+    """
 
 
 @dataclass(frozen=True)

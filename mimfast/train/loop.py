@@ -34,6 +34,8 @@ from mimfast.train.stop import Stop
 
 # steps in a row without a finite gradient after which a run gives up
 HOPELESS = 20
+# share of an interval spent waiting for images from which on a CPU run lets more of its loader's threads work
+MUCH = 0.05
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _pretrain(recipe: Recipe, resume: bool, world: parallel.World, screen: Scree
 
 def _run(job: _Job, claim: folder.Claim | None, train: Source, held_out: Source, resident: Resident | None) -> Outcome:
     recipe, world = job.recipe, job.world
-    workers = recipe.data.workers if recipe.data.workers is not None else _workers(world)
+    workers = recipe.data.workers if recipe.data.workers is not None else _workers()
     crop = recipes.crop(recipe)
     first, *later = [Change(s.sample, s.img_size, s.batch_size // world.size) for s in job.course.stages]
     start = job.course.samples(job.step)
@@ -155,9 +157,9 @@ def _set_threads(spare: int) -> None:
         torch.set_num_threads(max(1, int(usable_cpus()) // parallel.local_size() - spare))
 
 
-def _workers(world: parallel.World) -> int:
-    """Loader threads when the recipe leaves them open: a CPU run needs its cores for the network."""
-    return 1 if world.device.type == "cpu" else max(1, default_workers() // parallel.local_size())
+def _workers() -> int:
+    """Loader threads when the recipe leaves them open."""
+    return max(1, default_workers() // parallel.local_size())
 
 
 def _cache(recipe: Recipe, course: Course, train: Source, world: parallel.World) -> Resident | None:
@@ -226,7 +228,9 @@ def _loop(job: _Job, loader: Loader, stop: Stop) -> None:
     params = [p for p in job.method.parameters() if p.requires_grad]
     log = Log(job.folder, recipe.run.tensorboard, job.step) if job.world.first else None
     began, saved = time.monotonic() - job.seconds, time.monotonic()
-    waited = loader.wait_seconds
+    job.meter.watch(loader.clock)
+    if job.world.device.type == "cpu" and recipe.data.workers is None:
+        loader.busy_workers = 1  # the network needs the cores, unless it is the one that waits
     job.screen.begin(job.step, job.steps)
     stopping = False
     while job.step < job.steps and not stopping:
@@ -245,9 +249,10 @@ def _loop(job: _Job, loader: Loader, stop: Stop) -> None:
         # a single process stops at once; several agree through the sums of a logging interval
         stopping = job.world.size == 1 and stop.signal is not None
         if job.step % train.log_every == 0 or job.step == job.steps:
-            job.meter.wait_s, waited = loader.wait_seconds - waited, loader.wait_seconds
             line = job.meter.flush(_about(job, loader, stage, lr), stop.signal is not None)
             stopping = _show(job, log, line) or stopping
+            if line is not None and job.meter.waited > MUCH:  # the first interval holds the start-up
+                loader.busy_workers *= 2
         if _due(job, saved) and not stopping:
             _show(job, log, job.meter.take())
             _commit(job, loader)
@@ -267,7 +272,10 @@ def _lr(job: _Job, stage: Stage) -> float:
 
 def _loss(job: _Job, model: Any, batch: Batch) -> Tensor:
     device = job.world.device
+    began = time.perf_counter()
     img, ids, epochs = (x.to(device, non_blocking=True) for x in (batch.img, batch.sample_ids, batch.epochs))
+    # the time of the host alone: the copy itself goes on while the step is being launched
+    job.meter.clock.add("transfer", time.perf_counter() - began, len(ids))
     seed = job.recipe.train.seed
     img = recolour(img, ids, epochs, seed, job.recipe.data.recolour)
     live = {"img_size": img.shape[-1]} if job.recipe.progress.sizes else {}
