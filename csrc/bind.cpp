@@ -210,7 +210,15 @@ mimfast::CropResize make_crop_resize(uintptr_t img, std::array<int64_t, 4> strid
 mimfast::CropGather make_crop_gather(const mimfast::CropResize& crop, uintptr_t keep, int64_t kept, int32_t patch,
                                      bool channels_last, std::array<float, 3> mean, std::array<float, 3> std,
                                      uintptr_t out, const std::string& out_type) {
-  return {crop, at<const int64_t>(keep), kept, patch, channels_last, mean, std, at<void>(out), pixel_type(out_type)};
+  return {crop,
+          at<const int64_t>(keep),
+          kept,
+          patch,
+          channels_last,
+          {mean[0], mean[1], mean[2]},
+          {std[0], std[1], std[2]},
+          at<void>(out),
+          pixel_type(out_type)};
 }
 
 mimfast::LocalNorm make_local_norm(uintptr_t img, bool img_uint8, std::array<int64_t, 4> stride, int64_t batch,

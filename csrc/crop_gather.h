@@ -2,7 +2,6 @@
 // crop_resize.h has the resampling, pixel_types.h the normalisation.
 #pragma once
 
-#include <array>
 #include <cstdint>
 
 #include "crop_resize.h"
@@ -15,8 +14,8 @@ struct CropGather {
   const int64_t* keep;  // [batch, kept]; an index outside 0..(size / patch)^2 - 1 gives a row of zeros
   int64_t kept;
   int32_t patch;
-  bool channels_last;              // a row is (p, q, c), not (c, p, q)
-  std::array<float, 3> mean, std;  // (x / 255 - mean) / std
+  bool channels_last;     // a row is (p, q, c), not (c, p, q)
+  float mean[3], std[3];  // (x / 255 - mean) / std
   // outputs
   void* out;  // [batch, kept, 3 * patch^2]
   PixelType out_type;

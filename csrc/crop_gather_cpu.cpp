@@ -4,6 +4,8 @@
 // pixel of a hidden patch. A pixel has 256 values, so its normalisation is a table. Threads take whole images.
 #include "crop_gather.h"
 
+#include <type_traits>
+
 #include "crop_resize_cpu.h"
 #include "parallel.h"
 
@@ -33,6 +35,7 @@ class Gatherer {
     for (size_t c = 0; c < 3; ++c)
       for (int x = 0; x < 256; ++x)
         values_[c][x] = narrow<Out>(normalize(static_cast<uint8_t>(x), call.mean[c], call.std[c]));
+    if constexpr (std::is_same<Out, float>::value) prepare_vectors();
   }
 
   void gather(int64_t b) {
@@ -75,20 +78,18 @@ class Gatherer {
     const int32_t left = std::min(wide_.first_of(x0), wide_.first_of(x0 + patch_ - 1));  // the other way if mirrored
     const int32_t right = std::max(wide_.end_of(x0), wide_.end_of(x0 + patch_ - 1));
     const int64_t count = static_cast<int64_t>(lines_.size());
-    rows_.resize(static_cast<size_t>((count + 15) / 16 * 16 * pitch_));
+    uint8_t* rows = crop::room(rows_, (count + 15) / 16 * 16 * pitch_);
     for (int64_t l = 0; l < count; l += 16) {
       int32_t lines[16];  // behind the last one that one again
       for (int r = 0; r < 16; ++r) lines[r] = lines_[static_cast<size_t>(std::min(l + r, count - 1))];
       const crop::Tile tile = crop::turn(source, lines, left, right, tile_);
       const int64_t step = call_.channels_last ? 3 : 1, colour = call_.channels_last ? 1 : patch_;
       run_.across(tile, wide_, x0, patch_, 16 * step, 16 * colour, found_.data());
-      for (int64_t i = 0; i < pitch_; i += 16)
-        crop::transpose16(found_.data() + 16 * i, rows_.data() + l * pitch_ + i, pitch_);
+      for (int64_t i = 0; i < pitch_; i += 16) crop::transpose16(found_.data() + 16 * i, rows + l * pitch_ + i, pitch_);
     }
     for (const Kept* kept = begin; kept != end; ++kept) {
       const int64_t y0 = kept->row * patch_;
-      run_.down(rows_.data() + kept->listed * pitch_, pitch_, tall_.first_of(y0), tall_, y0, patch_, line_,
-                pixels_.data());
+      run_.down(rows + kept->listed * pitch_, pitch_, tall_.first_of(y0), tall_, y0, patch_, line_, pixels_.data());
       write(kept->to);
     }
   }
@@ -107,24 +108,54 @@ class Gatherer {
     }
   }
 
+  size_t colour_of(int64_t i) const { return static_cast<size_t>(call_.channels_last ? i % 3 : i / patch_); }
+
+  // `vectors_` says whether the loop over vectors gives what values_ has, for all values of a pixel
+  void prepare_vectors() {
+    for (int64_t i = 0; i < line_; ++i) {
+      const size_t c = colour_of(i);
+      mean_.push_back(call_.mean[c]);
+      std_.push_back(call_.std[c]);
+      inverse_.push_back(1.0f / call_.std[c]);
+    }
+    std::vector<uint8_t> same(static_cast<size_t>(line_));
+    std::vector<float> found(static_cast<size_t>(line_));
+    for (int x = 0; x < 256 && vectors_; ++x) {
+      std::fill(same.begin(), same.end(), static_cast<uint8_t>(x));
+      const int64_t n = run_.normalize(same.data(), line_, mean_.data(), std_.data(), inverse_.data(), found.data());
+      for (int64_t i = 0; i < n; ++i) vectors_ &= found[i] == values_[colour_of(i)][x];
+    }
+  }
+
+  // places i .. i + n - 1 of a line
+  void write(const uint8_t* from, int64_t i, int64_t n, Out* to) {
+    int64_t done = 0;
+    if constexpr (std::is_same<Out, float>::value)
+      if (vectors_) done = run_.normalize(from, n, mean_.data() + i, std_.data() + i, inverse_.data() + i, to);
+    if (call_.channels_last && done == 0)
+      for (; done < n; done += 3)
+        for (int c = 0; c < 3; ++c) to[done + c] = values_[c][from[done + c]];
+    for (; done < n; ++done) to[done] = values_[colour_of(i + done)][from[done]];
+  }
+
   // `pixels_`, patch_ lines in the order of a row's values, normalised
   void write(int64_t k) {
     Out* to = static_cast<Out*>(call_.out) + k * patch_ * line_;
     const uint8_t* from = pixels_.data();
-    if (call_.channels_last) {
-      for (int64_t i = 0; i < patch_ * patch_; ++i)
-        for (int c = 0; c < 3; ++c) to[3 * i + c] = values_[c][from[3 * i + c]];
-      return;
+    for (int64_t y = 0; y < patch_; ++y, from += line_) {
+      if (call_.channels_last)
+        write(from, 0, line_, to + y * line_);
+      else
+        for (int c = 0; c < 3; ++c) write(from + c * patch_, c * patch_, patch_, to + (c * patch_ + y) * patch_);
     }
-    for (int64_t y = 0; y < patch_; ++y)
-      for (int64_t c = 0; c < 3; ++c, from += patch_)
-        for (int64_t x = 0; x < patch_; ++x) to[(c * patch_ + y) * patch_ + x] = values_[c][from[x]];
   }
 
   const CropGather& call_;
   const crop::Loops run_;
   const int64_t patch_, line_, pitch_;  // a line has the three colours of one row of a patch
   Out values_[3][256];
+  bool vectors_ = std::is_same<Out, float>::value;
+  std::vector<float> mean_, std_, inverse_;  // [line_]
   std::vector<Kept> kept_;
   std::vector<bool> filled_;  // rows of patches whose weights are in tall_
   crop::Table wide_, tall_;

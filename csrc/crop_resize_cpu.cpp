@@ -23,7 +23,7 @@ class Cropper {
     tall_.start(crop_side(source.height, call_.size, call_.bicubic), false);
     tall_.fill(0, size);
     const int64_t plane = (source.height + 15) / 16 * 16 * pitch;
-    rows_.resize(static_cast<size_t>(3 * plane));
+    uint8_t* rows = crop::room(rows_, 3 * plane);
     alignas(16) uint8_t found[3][16 * 16] = {};
     for (int32_t y = 0; y < source.height; y += 16) {
       int32_t lines[16];  // below the last one that one again
@@ -31,10 +31,10 @@ class Cropper {
       const crop::Tile tile = crop::turn(source, lines, 0, source.width, tile_);
       for (int64_t x = 0; x < size; x += 16) {
         run_.across(tile, wide_, x, std::min<int64_t>(size - x, 16), 16, 16 * 16, found[0]);
-        for (int c = 0; c < 3; ++c) crop::transpose16(found[c], rows_.data() + c * plane + y * pitch + x, pitch);
+        for (int c = 0; c < 3; ++c) crop::transpose16(found[c], rows + c * plane + y * pitch + x, pitch);
       }
     }
-    for (int c = 0; c < 3; ++c) run_.down(rows_.data() + c * plane, pitch, 0, tall_, 0, size, size, out + c * size * size);
+    for (int c = 0; c < 3; ++c) run_.down(rows + c * plane, pitch, 0, tall_, 0, size, size, out + c * size * size);
   }
 
  private:

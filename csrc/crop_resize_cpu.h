@@ -16,6 +16,13 @@
 namespace mimfast {
 namespace crop {
 
+// room for n values, without setting those that are there already
+template <typename T>
+T* room(std::vector<T>& memory, int64_t n) {
+  if (memory.size() < static_cast<size_t>(n)) memory.resize(static_cast<size_t>(n));
+  return memory.data();
+}
+
 // where the source pixels of each output pixel begin, how many there are, and their weights, `most` apart
 struct Table {
   int64_t most = 0;
@@ -26,16 +33,23 @@ struct Table {
     side_ = side;
     mirrored_ = mirrored;
     most = crop_most(side);
-    first.resize(static_cast<size_t>(side.out));
-    count.resize(static_cast<size_t>(side.out));
-    weights.resize(static_cast<size_t>(side.out * most));
+    room(first, side.out);
+    room(count, side.out);
+    room(weights, side.out * most);
+    room(sums_, most);
   }
   void fill(int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t x = mirrored_ ? side_.out - 1 - i : i;
       const int32_t from = crop_first(side_, x), n = crop_end(side_, x) - from;
-      CropWeights run(side_, x);
-      for (int32_t k = 0; k < n; ++k) weights[static_cast<size_t>(i * most + k)] = run.next(side_, x, from + k);
+      int64_t total = 0, before = 0;  // as CropWeights, with the sums kept
+      for (int32_t k = 0; k < n; ++k) sums_[static_cast<size_t>(k)] = total += crop_share(side_, x, from + k);
+      const double per = (2 << kCropBits) / static_cast<double>(total);
+      for (int32_t k = 0; k < n; ++k) {
+        const int64_t upto = crop_upto(sums_[static_cast<size_t>(k)], per);
+        weights[static_cast<size_t>(i * most + k)] = static_cast<float>(upto - before);
+        before = upto;
+      }
       first[static_cast<size_t>(i)] = from;
       count[static_cast<size_t>(i)] = n;
     }
@@ -46,6 +60,7 @@ struct Table {
 
  private:
   CropSide side_ = {};
+  std::vector<int64_t> sums_;
   bool mirrored_ = false;
 };
 
@@ -99,8 +114,7 @@ inline Tile turn(const CropSource& source, const int32_t (&lines)[16], int32_t l
                  std::vector<uint8_t>& memory) {
   const int64_t width = right - left;
   const bool mixed = source.colour == 1 && source.column == 3;
-  memory.resize(static_cast<size_t>(48 * width));
-  uint8_t* to = memory.data();
+  uint8_t* to = room(memory, 48 * width);
   const uint8_t* rows[16];
   for (int r = 0; r < 16; ++r) rows[r] = source.at + lines[r] * source.row + left * source.column;
   if (mixed) {
@@ -125,6 +139,7 @@ inline Tile turn(const CropSource& source, const int32_t (&lines)[16], int32_t l
 struct Loops {
   decltype(&base::across) across;
   decltype(&base::down) down;
+  decltype(&base::normalize) normalize;
 };
 
 inline int simd_bits = 512;  // see crop_resize_simd_bits
@@ -135,11 +150,11 @@ inline Loops loops() {
   __builtin_cpu_init();
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (wide && simd_bits >= 512) return {avx512::across, avx512::down};
+  if (wide && simd_bits >= 512) return {avx512::across, avx512::down, avx512::normalize};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && simd_bits >= 256)
-    return {avx2::across, avx2::down};
+    return {avx2::across, avx2::down, avx2::normalize};
 #endif
-  return {base::across, base::down};
+  return {base::across, base::down, base::normalize};
 }
 
 }  // namespace crop

@@ -24,6 +24,24 @@ inline Floats spread(const uint8_t* from) {
 #endif
 }
 
+// a / b, from the inverse of b where a product and a sum can be rounded as one: twice corrected by the remainder, which
+// gives the last bit too, but for extreme numbers
+inline Floats quotient(Floats a, Floats b, [[maybe_unused]] Floats inverse_b) {
+#if MIMFAST_LANES == 4
+  return a / b;
+#else
+  Floats q = a * inverse_b;
+  for (int round = 0; round < 2; ++round) {
+#if MIMFAST_LANES == 16
+    q = _mm512_fmadd_ps(_mm512_fnmadd_ps(b, q, a), inverse_b, q);
+#else
+    q = _mm256_fmadd_ps(_mm256_fnmadd_ps(b, q, a), inverse_b, q);
+#endif
+  }
+  return q;
+#endif
+}
+
 inline void add(Sums& sums, const uint8_t* pixels, float weight) {
   for (int p = 0; p < kParts; ++p) sums.part[p] += spread(pixels + p * kLanes) * weight;
 }
@@ -91,4 +109,18 @@ inline void down(const uint8_t* rows, int64_t pitch, int32_t top, const Table& t
       }
     }
   }
+}
+
+// Normalises pixels from[i] with mean[i] and std[i] = 1 / inverse[i], whole vectors of them; says how many.
+inline int64_t normalize(const uint8_t* from, int64_t n, const float* mean, const float* std, const float* inverse,
+                         float* to) {
+  using Loose = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats m = *reinterpret_cast<const Loose*>(mean + i), s = *reinterpret_cast<const Loose*>(std + i);
+    const Floats per = *reinterpret_cast<const Loose*>(inverse + i);
+    const Floats unit = quotient(spread(from + i), Floats{} + 255.0f, Floats{} + 1.0f / 255.0f);
+    *reinterpret_cast<Loose*>(to + i) = quotient(unit - m, s, per);
+  }
+  return i;
 }

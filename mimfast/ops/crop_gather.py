@@ -128,7 +128,9 @@ def _run(img, boxes, flip, size, keep, patch, mean, std, order, bicubic, offsets
     return out
 
 
-def run_native(core, impl, img, boxes, flip, size, keep, patch, mean, std, order, bicubic, offsets, shapes, out) -> None:
+def run_native(
+    core, impl, img, boxes, flip, size, keep, patch, mean, std, order, bicubic, offsets, shapes, out
+) -> None:
     """Fill `out` with mimfast._core, or the emulated core in tests."""
     boxes, flip, keep = boxes.contiguous(), None if flip is None else flip.contiguous(), keep.contiguous()
     offsets, shapes = (None if t is None else t.contiguous() for t in (offsets, shapes))
