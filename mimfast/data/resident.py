@@ -29,7 +29,7 @@ from mimfast.ops._choice import why_not_on
 from mimfast.ops.crop_resize import MAX_SIDE, Filter, crop_resize
 
 Cache = Literal["none", "host", "gpu"]
-_SLOTS = 32  # images on their way to a GPU
+_SLOTS, _SLOT_BYTES = 32, 64 << 20  # images on their way to a GPU, at most, and the bytes of all of them
 _SIDE_STEP = 16
 
 
@@ -74,7 +74,7 @@ class Plan(NamedTuple):
         memory = self.memory
         return (
             f"{_grouped(self.images)} images{' of' if self.least != self.most else ' x'} {each}{ranks} = "
-            f"{_amount(self.need)}, {_amount(memory.free)} free {memory.place} of which {_amount(memory.room)} stay "
+            f"{_amount(self.need)}, {_amount(memory.free)} free {memory.place}, of which {_amount(memory.room)} stay "
             f"free for {memory.what_for}"
         )
 
@@ -128,7 +128,7 @@ def open_resident(
     wanted = plan(source, host, side, min_side, processes) if wanted is None else wanted
     check_plan(wanted, cache, side, host)
     wait()
-    resident = Resident(source, device if cache == "gpu" else "cpu", side, min_side)
+    resident = Resident(source, device if cache == "gpu" else "cpu", side, min_side, pin=device.type == "cuda")
     resident.plan = wanted
     return resident
 
@@ -141,10 +141,10 @@ class Resident:
 
     source: what the images come from; ids are its ids. device: of the buffer; None keeps nothing and only makes copies.
     side: S of the copies; None: images as they are. min_side: that of the decoder (`decode.decode`), where there are no
-    copies. staged: fill the buffer by way of page-locked memory and a stream; None: where it is on a GPU.
+    copies. staged: fill the buffer by way of page-locked memory and a stream; None: where it is on a GPU. pin: have a
+    buffer of the host page-locked, when the system allows it: never swapped out, and within reach of a GPU.
 
-    On a machine with CUDA a buffer of the host is page-locked when the system allows it: it is never swapped out, and
-    copies to a GPU need no second buffer. On a GPU crops are made by the CUDA kernel, whether or not it is verified.
+    On a GPU crops are made by the CUDA kernel, whether or not it is verified.
 
     Raises UserError: `side` out of range, sizes that are not known, memory that cannot be had, or a GPU without the
     kernel.
@@ -157,6 +157,7 @@ class Resident:
         side: int | None = None,
         min_side: int | None = None,
         staged: bool | None = None,
+        pin: bool = False,
     ) -> None:
         if side is not None and not 1 <= side <= MAX_SIDE:
             fail("cache", "side", side, f"1 to {MAX_SIDE}", "it is the side of a copy in pixels")
@@ -173,7 +174,7 @@ class Resident:
             if reason is not None:
                 fail("cache", "device", str(device), "'cpu'", reason)
         self._lay_out()
-        self.buffer = _allocate(self.nbytes, self.device)
+        self.buffer = _allocate(self.nbytes, self.device, pin)
         # has(i) is set after the pixels of i are there, and never unset
         self._there = np.zeros(len(source), bool)
         self.on_device = self.device.type != "cpu" if staged is None else staged
@@ -286,12 +287,13 @@ class _Staging:
     A thread waits for a slot whose last copy is under way; the stream that trains never waits for the host.
     """
 
-    def __init__(self, buffer: Tensor, largest: int, slots: int = _SLOTS) -> None:
+    def __init__(self, buffer: Tensor, largest: int) -> None:
         self._buffer, self._lock = buffer, threading.Lock()
         self._stream = torch.cuda.Stream(buffer.device) if buffer.is_cuda else None
         if self._stream is not None:  # the memory of the buffer may still be in use by what had it before
             self._stream.wait_stream(torch.cuda.current_stream(buffer.device))
         self._free: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event | None]] = queue.SimpleQueue()
+        slots = max(2, min(_SLOTS, _SLOT_BYTES // largest))
         for slot in torch.empty(slots, largest, dtype=torch.uint8, pin_memory=buffer.is_cuda):
             self._free.put((slot, torch.cuda.Event(blocking=True) if buffer.is_cuda else None))
 
@@ -359,7 +361,7 @@ def _shapes(source: Source, min_side: int | None) -> np.ndarray:
     return shapes
 
 
-def _allocate(nbytes: int, device: torch.device) -> Tensor:
+def _allocate(nbytes: int, device: torch.device, pin: bool) -> Tensor:
     """uint8 (nbytes,). Raises UserError."""
     try:
         buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -368,7 +370,7 @@ def _allocate(nbytes: int, device: torch.device) -> Tensor:
         raise UserError(
             f"cache: {device} has no {_amount(nbytes)} in one piece, expected a smaller data.cache_side ({reason})"
         ) from None
-    if device.type == "cpu" and torch.cuda.is_available():
+    if device.type == "cpu" and pin:
         # torch's own page-locked memory comes in powers of two: up to twice the bytes
         runtime: Any = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)) == 0:

@@ -305,7 +305,7 @@ def test_plan_of_imagenet_in_one_sentence():
     assert found.need == 1_281_167 * 49_152
     assert found.fits
     assert found.sentence == (
-        "cache: 1 281 167 images x 49 152 B = 63.0 GB, 139.0 GB free on the GPU of which 35.0 GB stay free for the "
+        "cache: 1 281 167 images x 49 152 B = 63.0 GB, 139.0 GB free on the GPU, of which 35.0 GB stay free for the "
         "network: fits"
     )
     check_plan(found, "gpu", 128, None)
@@ -336,7 +336,7 @@ def test_what_does_not_fit_is_refused_with_what_would(cache, side, host, wanted)
         check_plan(found, cache, side, host)
     assert str(caught.value) == (
         f"pretrain: data.cache has '{cache}', expected {wanted} because 1 281 167 images x 196 608 B = 251.9 GB, 40.0 "
-        "GB free on the GPU of which 10.0 GB stay free for the network"
+        "GB free on the GPU, of which 10.0 GB stay free for the network"
     )
     smaller = plan(range(1_281_167), found.memory, side=80)
     larger = plan(range(1_281_167), found.memory, side=96)

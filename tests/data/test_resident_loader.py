@@ -12,9 +12,10 @@ from mimfast.data.prep import PrepConfig, prep
 from mimfast.data.resident import Resident
 from mimfast.data.sources import Folder
 from mimfast.data.store import Store
+from mimfast.testing import skip_unless
 from mimfast.testing.images import encode, noise, write_folder
 
-CACHES = ["host", "staged"]
+CACHES = ["host", "staged", "gpu"]
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +41,17 @@ def stores(mixed, tmp_path_factory):
 def resident_of(source, cache, side=None, min_side=None):
     if cache == "none":
         return None if side is None else Resident(source, None, side)
+    if cache == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        skip_unless("cuda", "cuda")
+        return Resident(source, "cuda", side, min_side)
     return Resident(source, "cpu", side, min_side, staged=cache == "staged")
 
 
-def take(source, n, size=24, batch_size=12, seed=3, **options):
-    with Loader(source, size, batch_size, seed, **options) as loader:
+def take(source, n, size=24, batch_size=12, seed=3, resident=None, **options):
+    pin = resident is not None and resident.on_device and torch.cuda.is_available()
+    with Loader(source, size, batch_size, seed, resident=resident, pin=pin, **options) as loader:
         return [next(loader) for _ in range(n)], loader
 
 
@@ -52,7 +59,7 @@ def assert_same(first, second):
     assert len(first) == len(second)
     for a, b in zip(first, second):
         for x, y in zip(a, b):
-            assert (x is None and y is None) or torch.equal(x, y)
+            assert (x is None and y is None) or torch.equal(x, y.cpu())
 
 
 @pytest.mark.parametrize("workers", [0, 3])

@@ -78,7 +78,7 @@ def test_resume_begins_with_an_empty_cache(store, tmp_path):
     ("changes", "message"),
     [
         ({"cache": "gpu"}, "data.cache has 'gpu', expected 'none' or 'host' because the run is on cpu"),
-        ({"cache": "host"}, "expected 'none' because 10 images x 1 728 B = 17.3 kB, 1.0 GB free here of which"),
+        ({"cache": "host"}, "expected 'none' because 10 images x 1 728 B = 17.3 kB, 1.0 GB free here, of which"),
         ({"cache": "host", "cache_side": 16}, "expected 'none' because 10 images x 768 B"),
     ],
 )
