@@ -94,6 +94,8 @@ def _jpeg(data: bytes) -> Header:
                 exif = 0 if exif is not None else _exif(data, at + 10, at + 2 + length)
             elif data.startswith(_XMP, at + 4):
                 xmp = _xmp(data, at + 4, at + 2 + length)
+            else:
+                plain = False  # some decoders take it for EXIF
         elif marker == 0xE2:
             plain &= not data.startswith(b"MPF\0", at + 4)  # several pictures
         elif marker == 0xEE and data.startswith(b"Adobe", at + 4):
