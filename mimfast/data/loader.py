@@ -50,7 +50,7 @@ class Loader:
     caller. crop: the random crop. prefetch: batches prepared ahead. cache_bytes: memory for decoded images.
     changes: other sizes to come, ascending by `at`; one takes effect with the first batch that begins at or after it,
     so that no sample is lost or repeated, and those before `start` have taken effect already. decoder: a name of
-    `decoders.DECODERS`, or "dali", which gives the batches of "pillow"; sources that keep pixels need none. repeat:
+    `decoders.DECODERS`; "dali" gives the batches of "pillow"; sources that keep pixels need none. repeat:
     views of each image, neighbours in the order, with a crop of its own each; the image is decoded once for them.
     pin: batches in page-locked memory, for a GPU.
     resident: keeps what has been decoded for later epochs, see `resident.Resident`; when that is on a GPU, batches come

@@ -89,7 +89,7 @@ class Data:
     """Filter that brings the crops to their size."""
     recolour: float = 0.0
     """Strength of random colour changes, 0 to 1, for sets of few images; 0: none."""
-    decoder: Literal["auto", "pillow", "torchcodec", "nvimagecodec"] = "auto"
+    decoder: Literal["auto", "pillow", "torchcodec", "nvimagecodec", "dali"] = "auto"
     """What decodes image files; auto: what measures fastest here. Stores of pixels need none."""
     repeat: int = 1
     """Views of each image in a batch, each with a crop and a mask of its own; the image is read and decoded once for

@@ -13,22 +13,12 @@ from mimfast.data import dali
 from mimfast.data.crop import CropConfig, crop_boxes, crop_rows, crop_words
 from mimfast.data.decode import MAX_PIXELS, BadImage, decode
 from mimfast.data.header import look
-from mimfast.testing.images import encode, noise, odd_images, picture
+from mimfast.testing.images import encode, noise, odd_images, picture, smooth
 
 needs_dali = pytest.mark.skipif(dali.why_not() is not None, reason="nvidia.dali cannot be imported")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CASES = {case.name: case for case in odd_images()}
 SIZE = 32
-
-
-def smooth(width, height, seed):
-    """Detail of all sizes, as in a photograph."""
-    image = Image.new("RGB", (width, height))
-    pixels = np.zeros((height, width, 3), np.float32)
-    for side in (3, 8, 24, 80):
-        rough = Image.fromarray(noise(side, side, seed * 7 + side))
-        pixels += np.asarray(rough.resize(image.size, Image.Resampling.BICUBIC), np.float32) / 4
-    return pixels.astype(np.uint8)
 
 
 @pytest.fixture(scope="module")

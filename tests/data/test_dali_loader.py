@@ -7,7 +7,6 @@ import threading
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mimfast._check import UserError
 from mimfast.data import dali, fill_dali
@@ -16,7 +15,7 @@ from mimfast.data.prep import PrepConfig, prep
 from mimfast.data.resident import Resident
 from mimfast.data.sources import Folder
 from mimfast.data.store import Store
-from mimfast.testing.images import encode, noise, odd_images, write_folder
+from mimfast.testing.images import encode, noise, odd_images, smooth, write_folder
 
 BAD = {case.name for case in odd_images() if case.pixels is None}
 needs_dali = pytest.mark.skipif(dali.why_not() is not None, reason="nvidia.dali cannot be imported")
@@ -29,7 +28,7 @@ def mixed(tmp_path_factory):
     for i in range(30):
         path = root / "ab"[i % 2] / f"{i:02d}.jpg"
         path.parent.mkdir(exist_ok=True)
-        image = Image.fromarray(noise(12, 9, i)).resize((40 + 7 * i, 60 + 5 * i), Image.Resampling.BICUBIC)
+        image = smooth(40 + 7 * i, 60 + 5 * i, i)
         if i % 6 == 5:
             path.write_bytes(encode(image, "PNG"))
         else:
