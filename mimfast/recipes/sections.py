@@ -96,8 +96,8 @@ class Data:
     them, and an epoch has as many samples as ever, so fewer images.
     """
     workers: int | None = None
-    """Loader threads; none: one for each core, of which a CPU run lets only as many work as keep up with it; 0: load
-    between the steps. The batches are the same for any number.
+    """Loader threads; none: one for each core, on a CPU as few as keep up with the steps; 0: load between the steps.
+    The batches are the same for any number.
     """
 
 
