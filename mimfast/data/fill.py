@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -178,43 +178,6 @@ class Reader:
         return image
 
 
-class Gate:
-    """Lets at most `limit` threads through at a time, in the order they came; the limit may change while they wait."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._inside = limit, 0
-        self._waiting: deque[threading.Lock] = deque()
-        self._lock = threading.Lock()
-
-    @property
-    def limit(self) -> int:
-        return self._limit
-
-    @limit.setter
-    def limit(self, limit: int) -> None:
-        with self._lock:
-            self._limit = limit
-            self._let_in()
-
-    def __enter__(self) -> None:
-        closed = threading.Lock()
-        closed.acquire()
-        with self._lock:
-            self._waiting.append(closed)
-            self._let_in()
-        closed.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            self._let_in()
-
-    def _let_in(self) -> None:
-        while self._waiting and self._inside < self._limit:
-            self._inside += 1
-            self._waiting.popleft().release()
-
-
 @dataclass
 class Work:
     """A batch being filled.
@@ -241,8 +204,8 @@ class Filler:
 
     def __init__(self, workers: int, crop: CropConfig, seed: int, clock: StageClock) -> None:
         self.workers, self.crop, self.seed, self.clock = workers, crop, seed, clock
-        self.gate = Gate(max(1, workers))
         self._pool = ThreadPoolExecutor(workers, "mimfast-loader") if workers else None
+        self._former: list[ThreadPoolExecutor] = []
 
     def start(self, work: Work) -> None:
         """Hand the rows to the threads in runs: several for each, to even out slow images."""
@@ -251,7 +214,7 @@ class Filler:
         size = len(work.words)
         rows = -(-max(1, size // (4 * self.workers)) // work.repeat) * work.repeat
         for a in range(0, size, rows):
-            work.futures.append(self._pool.submit(self._gated, work, a, min(a + rows, size)))
+            work.futures.append(self._pool.submit(self._fill, work, a, min(a + rows, size)))
 
     def finish(self, work: Work) -> Batch:
         """The batch once it is whole. Raises what went wrong."""
@@ -261,19 +224,23 @@ class Filler:
             future.result()
         return self._held_rows(work) if work.held.any() else work.batch
 
+    def resize(self, workers: int) -> None:
+        """Other threads for what is started from now on; those there are finish what they have and end."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+            self._former.append(self._pool)
+            self.workers, self._pool = workers, ThreadPoolExecutor(workers, "mimfast-loader")
+
     def close(self, wait: bool = True) -> None:
         """End the threads. May be called twice."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=wait, cancel_futures=True)
+        for pool in [*self._former, self._pool]:
+            if pool is not None:
+                pool.shutdown(wait=wait, cancel_futures=True)
 
     def __del__(self) -> None:
         # Threads of a forgotten loader must not outlive it; it may be half built, or the interpreter on its way out.
         with contextlib.suppress(Exception):
             self.close(wait=False)
-
-    def _gated(self, work: Work, first: int, last: int) -> None:
-        with self.gate:
-            self._fill(work, first, last)
 
     def _fill(self, work: Work, first: int, last: int) -> None:
         """Rows first to last, cropped as soon as enough pixels have come together."""

@@ -131,14 +131,14 @@ class Loader:
         """Time the consumer spent blocked in next(), in all."""
         return self.clock.seconds["wait"]
 
-    @property
-    def busy_workers(self) -> int:
-        """How many of the threads may work at a time, all of them at first; may be set to 1 to `workers`."""
-        return self._filler.gate.limit
-
-    @busy_workers.setter
-    def busy_workers(self, limit: int) -> None:
-        self._filler.gate.limit = min(max(1, limit), max(1, self.workers))
+    def resize(self, workers: int) -> None:
+        """Another number of threads, for the batches that are begun from now on. A loader without threads, or one that
+        is closed, stays as it is. Raises UserError for fewer than 1."""
+        if workers < 1:
+            fail("loader", "workers", workers, "at least 1", "no threads are for loaders made so")
+        if self.workers and not self._closed and workers != self.workers:
+            self._filler.resize(workers)
+            self.workers = workers
 
     def close(self) -> None:
         """End the threads; what they were preparing is dropped. May be called twice."""

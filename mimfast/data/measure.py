@@ -97,6 +97,7 @@ class Contestant:
                 "least": self.rates(workers)[0],
                 "most": self.rates(workers)[-1],
                 "cores": statistics.median(leg.cores for leg in legs),
+                "images_per_cpu_second": sum(leg.images for leg in legs) / sum(leg.cores * leg.seconds for leg in legs),
                 "shares": self.shares(workers),
             }
             for workers, legs in self.legs.items()

@@ -104,8 +104,8 @@ class Data:
     3 * cache_side**2 bytes an image; none: out of the images.
     """
     workers: int | None = None
-    """Loader threads; none: one for each core, of which a CPU run lets only as many work as keep up with it; 0: load
-    between the steps. The batches are the same for any number.
+    """Loader threads; none: one for each core, on a CPU as few as keep up with the steps; 0: load between the steps.
+    The batches are the same for any number.
     """
 
 

@@ -34,7 +34,7 @@ from mimfast.train.stop import Stop
 
 # steps in a row without a finite gradient after which a run gives up
 HOPELESS = 20
-# share of an interval spent waiting for images from which on a CPU run lets more of its loader's threads work
+# share of an interval spent waiting for images from which on a loader gets more threads, where there are cores left
 MUCH = 0.05
 
 
@@ -129,7 +129,9 @@ def _pretrain(recipe: Recipe, resume: bool, world: parallel.World, screen: Scree
 
 def _run(job: _Job, claim: folder.Claim | None, train: Source, held_out: Source, resident: Resident | None) -> Outcome:
     recipe, world = job.recipe, job.world
-    workers = recipe.data.workers if recipe.data.workers is not None else _workers()
+    workers = recipe.data.workers
+    if workers is None:  # on a CPU the network needs the cores, and gets all but one until it is the one that waits
+        workers = 1 if world.device.type == "cpu" else _most_workers()
     crop = recipes.crop(recipe)
     first, *later = [Change(s.sample, s.img_size, s.batch_size // world.size) for s in job.course.stages]
     start = job.course.samples(job.step)
@@ -157,8 +159,8 @@ def _set_threads(spare: int) -> None:
         torch.set_num_threads(max(1, int(usable_cpus()) // parallel.local_size() - spare))
 
 
-def _workers() -> int:
-    """Loader threads when the recipe leaves them open."""
+def _most_workers() -> int:
+    """Loader threads for one process of this machine."""
     return max(1, default_workers() // parallel.local_size())
 
 
@@ -229,8 +231,6 @@ def _loop(job: _Job, loader: Loader, stop: Stop) -> None:
     log = Log(job.folder, recipe.run.tensorboard, job.step) if job.world.first else None
     began, saved = time.monotonic() - job.seconds, time.monotonic()
     job.meter.watch(loader.clock)
-    if job.world.device.type == "cpu" and recipe.data.workers is None:
-        loader.busy_workers = 1  # the network needs the cores, unless it is the one that waits
     job.screen.begin(job.step, job.steps)
     stopping = False
     while job.step < job.steps and not stopping:
@@ -251,8 +251,9 @@ def _loop(job: _Job, loader: Loader, stop: Stop) -> None:
         if job.step % train.log_every == 0 or job.step == job.steps:
             line = job.meter.flush(_about(job, loader, stage, lr), stop.signal is not None)
             stopping = _show(job, log, line) or stopping
-            if line is not None and job.meter.waited > MUCH:  # the first interval holds the start-up
-                loader.busy_workers *= 2
+            # the first interval, before there is a line, holds the start-up
+            if line is not None and job.meter.waited > MUCH and recipe.data.workers is None:
+                loader.resize(min(2 * loader.workers, _most_workers()))
         if _due(job, saved) and not stopping:
             _show(job, log, job.meter.take())
             _commit(job, loader)

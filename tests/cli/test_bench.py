@@ -39,6 +39,7 @@ def test_a_folder(capsys, here):
         for row in contestant["results"]:
             assert 0 < row["least"] <= row["images_per_second"] <= row["most"]
             assert min(row["shares"].values()) >= 0
+            assert row["images_per_cpu_second"] > 0
     assert len(found["ceiling"]["images_per_second"]) == 2
     assert found["contestants"][2]["record_bytes"] > 24 * 24 * 3
 

@@ -9,6 +9,7 @@ import tracemalloc
 import pytest
 import torch
 
+from mimfast._check import UserError
 from mimfast.data import loader as loader_module
 from mimfast.data.loader import Loader
 from mimfast.data.prep import PrepConfig, prep
@@ -180,9 +181,19 @@ def test_memory_does_not_grow_over_20000_batches(places, name):
     assert grown < 4 << 20
 
 
-def test_busy_workers_limits_and_lets_go():
-    """No more threads read at a time than allowed; those who wait go on when more are."""
+def test_resize_changes_the_threads_and_not_the_stream(places, alone):
+    batches, _ = alone["folder"]
+    with Loader(places["folder"](), 24, 12, 3, workers=1) as loader:
+        found = []
+        for step in range(16):
+            if step in (2, 3, 9):
+                loader.resize({2: 4, 3: 2, 9: 1}[step])
+            found.append(next(loader))
+    assert_same(batches, found)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mimfast-loa")]
 
+
+def test_resize_lets_as_many_threads_read_at_a_time():
     class Watched(Counted):
         inside = most = 0
 
@@ -196,21 +207,32 @@ def test_busy_workers_limits_and_lets_go():
             return super().read(i)
 
     source = Watched(50)
-    with Loader(source, 8, 16, 1, workers=4, cache_bytes=0) as loader:
-        assert loader.busy_workers == 4
-        loader.busy_workers = 1
-        for _ in range(4):
-            next(loader)
-        assert source.most == 1
-        loader.busy_workers *= 2
-        for _ in range(4):
-            next(loader)
-        assert source.most == 2
-        loader.busy_workers = 99
-        assert loader.busy_workers == 4
-        loader.busy_workers = 0
-        assert loader.busy_workers == 1
+    with Loader(source, 8, 16, 1, workers=1, prefetch=0, cache_bytes=0) as loader:
+        for workers in (1, 3, 2):
+            loader.resize(workers)
+            source.most = 0
+            for _ in range(4):
+                next(loader)
+            assert source.most == loader.workers == workers
+        with pytest.raises(UserError, match="loader: workers has 0, expected at least 1"):
+            loader.resize(0)
+    loader.resize(2)
     with Loader(source, 8, 16, 1) as loader:
-        loader.busy_workers = 3
-        assert loader.busy_workers == 1
+        loader.resize(3)
+        assert loader.workers == 0
         next(loader)
+
+
+def test_close_after_resize_ends_all_threads():
+    class Slow(Counted):
+        def read(self, i):
+            time.sleep(0.01)
+            return super().read(i)
+
+    source = Slow(50)
+    loader = Loader(source, 8, 16, 1, workers=1, cache_bytes=0)
+    next(loader)
+    loader.resize(2)
+    loader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mimfast-loa")]
+    assert source.reads < 3 * 16  # what was still to be read is dropped
