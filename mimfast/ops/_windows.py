@@ -104,7 +104,7 @@ def check_call(
     if group is not None:
         check_dtype(op, "group", group, IDS, "it holds the id of each token's group")
         shape = (H, W) if group.ndim == 2 else (B, H, W)
-        reason = f"it is one id for each of the {H} x {W} tokens, for the whole batch or for each of {B} images"
+        reason = f"it is one id for each of the {H} x {W} tokens, for the whole batch or for each image"
         check_shape(op, "group", group, shape, reason)
         check_same_device(op, qkv=qkv, group=group)
 

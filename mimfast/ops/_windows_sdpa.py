@@ -26,8 +26,8 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """The arguments and the result of `window_attention`.
 
-    torch wants bias and mask in the dtype of qkv, and hands back the gradient of each score, and its sum over images,
-    in it. In half types these are rounded so; the sums over windows and pairs are float32.
+    torch wants bias and mask in the dtype of qkv, and hands back the gradient of each score in it. In half types these
+    are rounded so; the sums over images, windows and pairs are float32.
     """
     (B, H, W, E), (window, shift) = qkv.shape, (pair(window), pair(shift))
     places = layout((H, W), window, shift, pad or "pad_then_roll", qkv.device)
@@ -36,7 +36,7 @@ def attend(
     there, back = _rows_of_qkv(places, heads)
     rows_BRd = _Cut.apply(qkv.reshape(B, H * W, E), qkv_bias, there, back, (windows, heads, n), padding > 0)
     q, k, v = rows_BRd.view(B, 3, windows * heads, n, d).unbind(1)
-    mask = _mask(table, places, window, shift, heads, group, mask_value, qkv.dtype)
+    mask = _mask(table, places, window, shift, heads, group, mask_value, qkv)
     out_Bwhnd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     out_BRd = out_Bwhnd.transpose(1, 2).flatten(1, 2)  # no copy: torch's kernels write (B, n, w * h, d)
     rows_BThd = _Merge.apply(out_BRd, *_rows_of_out(places, heads), heads if padding else 0)
@@ -65,12 +65,12 @@ def _rows_of_out(places: Layout, heads: int) -> tuple[Tensor, Tensor]:
 
 def _mask(
     table: Tensor | None, places: Layout, window: tuple[int, int], shift: tuple[int, int], heads: int,
-    group: Tensor | None, mask_value: float, dtype: torch.dtype,
+    group: Tensor | None, mask_value: float, qkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """(1 or B, w * h, n, n) to be added to the scores; None for zeros."""
-    token_wn, label_wn, place_T = places
+    """(B, w * h, n, n) to be added to the scores; None for zeros."""
+    token_wn, label_wn, _ = places
     windows, n = token_wn.shape
-    score_Bwhnn = torch.zeros(1, 1, 1, 1, dtype=torch.promote_types(dtype, torch.float32), device=place_T.device)
+    score_Bwhnn = qkv.new_zeros(1, 1, 1, 1, dtype=torch.promote_types(qkv.dtype, torch.float32))
     if table is not None:
         score_Bwhnn = _Spread.apply(table.to(score_Bwhnn.dtype), window)
     if any(shift):
@@ -85,7 +85,24 @@ def _mask(
     if table is None and group is None and not any(shift):
         return None
     images = 1 if group is None else id_Bwn.shape[0]
-    return score_Bwhnn.expand(images, windows, heads, n, n).flatten(1, 2).to(dtype)
+    score_Brnn = score_Bwhnn.expand(images, windows, heads, n, n).flatten(1, 2)
+    return score_Brnn.to(qkv.dtype) if images == len(qkv) else _Share.apply(score_Brnn, len(qkv), qkv.dtype)
+
+
+class _Share(torch.autograd.Function):
+    """One mask for all images in another dtype; the gradient is summed over them as the mask was, not in that dtype."""
+
+    @staticmethod
+    def forward(ctx, mask_1rnn, images, dtype):
+        ctx.wide, n = mask_1rnn.dtype, mask_1rnn.shape[-1]
+        # rows of whole 32 bytes: torch's kernel would lengthen others, for each image
+        rows = F.pad(mask_1rnn.to(dtype), (0, -n % 16))[..., :n]
+        return rows.expand(images, -1, -1, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad.sum(0, keepdim=True, dtype=ctx.wide), None, None
 
 
 class _Spread(torch.autograd.Function):

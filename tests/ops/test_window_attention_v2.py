@@ -96,6 +96,26 @@ def test_gradient_of_ref():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("case", [SMALL, PADDED, GROUPED], ids=IDS)
+def test_gradients_of_table_and_logit_scale_by_finite_differences(case, impl, device):
+    skip_unless(impl, device)
+    args = make(case, device)
+    grads = torch.autograd.grad(
+        window_attention_v2(**args, impl=impl).square().sum(), (args["table"], args["logit_scale"])
+    )
+    wide = {k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in args.items()}
+    entries = [("table", (0, 1)), ("table", (17, 0)), ("table", (48, 1)), ("logit_scale", (0, 0, 0))]
+    for name, entry in entries:
+        step = torch.zeros_like(wide[name])
+        step[entry] = 1e-5
+        up, down = (
+            window_attention_v2_ref(**wide | {name: wide[name] + s * step}).square().sum().item() for s in (1, -1)
+        )
+        grad = grads[name == "logit_scale"][entry].item()
+        assert grad == pytest.approx((up - down) / 2e-5, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("size", "shift"), [((8, 8), 2), ((6, 9), 2)])
 def test_agrees_with_timm(size, shift, impl, device):
     skip_unless(impl, device)
