@@ -20,6 +20,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IDS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 Side = int | tuple[int, int]
 TOKENS, HEADS, WIDE_TILE = 256, (16, 64), {2: 8192, 4: 4096}  # what kernels/window_attention.py takes
+GRID = 65535  # windows times heads of an image that torch's CUDA kernel takes
 
 
 class Layout(NamedTuple):
@@ -103,7 +104,7 @@ def check_call(
     if group is not None:
         check_dtype(op, "group", group, IDS, "it holds the id of each token's group")
         shape = (H, W) if group.ndim == 2 else (B, H, W)
-        reason = f"it is one id for each of the {H} x {W} tokens, for the whole batch or for each of {B} images"
+        reason = f"it is one id for each of the {H} x {W} tokens, for the whole batch or for each image"
         check_shape(op, "group", group, shape, reason)
         check_same_device(op, qkv=qkv, group=group)
 
@@ -133,6 +134,11 @@ def ids_of(group: Tensor) -> Tensor:
 
 def why_not(qkv: Tensor, window: tuple[int, int], heads: int, impl: str) -> str | None:
     """Why `impl` cannot take this call of either version; None when it can."""
+    if impl == "sdpa":
+        wide = -(-qkv.shape[1] // window[0]) * -(-qkv.shape[2] // window[1]) * heads
+        if qkv.is_cuda and wide > GRID:
+            return f"torch's kernel takes up to {GRID} windows times heads of an image, and these are {wide}"
+        return why_not_on(impl, qkv.device.type)
     if qkv.dtype == torch.float64:
         return "the kernel computes in float32 and was given float64"
     if impl == "triton":
