@@ -269,7 +269,7 @@ mimfast::WindowAttention make_window_attention(uintptr_t qkv, bool bf16, std::ar
                                                uintptr_t d_head_scale) {
   return {at<const void>(qkv),
           bf16,
-          qkv_stride,
+          {qkv_stride[0], qkv_stride[1], qkv_stride[2]},
           at<const float>(qkv_bias),
           at<const float>(table),
           at<const float>(head_scale),
@@ -280,13 +280,13 @@ mimfast::WindowAttention make_window_attention(uintptr_t qkv, bool bf16, std::ar
           cols,
           heads,
           head,
-          window,
-          shift,
+          {window[0], window[1]},
+          {shift[0], shift[1]},
           roll_first,
           scale,
           mask,
           at<const void>(grad),
-          grad_stride,
+          {grad_stride[0], grad_stride[1], grad_stride[2]},
           at<void>(out),
           at<void>(d_qkv),
           at<float>(d_table),
@@ -449,6 +449,13 @@ PYBIND11_MODULE(_core, m) {
         mimfast::noop_cuda(at<const float>(x), at<float>(y), n, at<CUstream_st>(stream));
       },
       py::arg("x"), py::arg("y"), py::arg("n"), py::arg("stream"), release_gil());
+  m.def(
+      "window_attention_cuda",
+      [](const mimfast::WindowAttention& call, int parts, uintptr_t partial, uintptr_t stream) {
+        mimfast::window_attention_cuda(call, parts, at<float>(partial), at<CUstream_st>(stream));
+      },
+      py::arg("call"), py::arg("parts"), py::arg("partial"), py::arg("stream"), release_gil());
+  m.def("window_attention_cuda_parts", &mimfast::window_attention_cuda_parts, py::arg("call"), release_gil());
   m.def(
       "mask_plan_cuda",
       [](const mimfast::MaskPlan& plan, uintptr_t stream) { mimfast::mask_plan_cuda(plan, at<CUstream_st>(stream)); },

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mimfast import _native
 from mimfast.ops._choice import Impl, resolve
 from mimfast.ops._windows import (
     Side,
@@ -22,12 +23,12 @@ from mimfast.ops._windows import (
     layout,
     pair,
     pair_index,
-    run_cpu,
     why_not,
 )
+from mimfast.ops._windows_native import run_cpu, run_cuda
 from mimfast.ops._windows_sdpa import attend
 
-IMPLS = ("triton", "cpu", "sdpa", "ref")
+IMPLS = ("cuda", "triton", "cpu", "sdpa", "ref")
 
 
 def window_attention_ref(
@@ -125,7 +126,7 @@ def _fwd(*args):
 
         return window_attention_fwd(*args[:-1])
     out = _fwd_fake(*args)
-    run_cpu(*args[:-1], out=out)
+    _run_native(*args, out=out)
     return out
 
 
@@ -136,8 +137,15 @@ def _bwd(grad, *args):
 
         return window_attention_bwd(grad, *args[:-1])[:3]
     d_qkv, d_table, d_bias = _bwd_fake(grad, *args)
-    run_cpu(*args[:-1], grad=grad, d_qkv=d_qkv, d_table=d_table, d_bias=d_bias)
+    _run_native(*args, grad=grad, d_qkv=d_qkv, d_table=d_table, d_bias=d_bias)
     return d_qkv, d_table, d_bias
+
+
+def _run_native(*args, **tensors):
+    if args[-1] == "cuda":
+        run_cuda(_native.core(), *args[:-1], **tensors)
+    else:
+        run_cpu(*args[:-1], **tensors)
 
 
 @torch.library.register_fake("mimfast::window_attention_fwd")

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from mimfast._check import check_dtype, check_same_device, fail
 from mimfast.ops._choice import Impl, resolve
-from mimfast.ops._windows import FLOATS, Side, check_call, check_ids, check_table, ids_of, pair, run_cpu, why_not
+from mimfast.ops._windows import FLOATS, Side, check_call, check_ids, check_table, ids_of, pair, why_not
+from mimfast.ops._windows_native import run_cpu
 from mimfast.ops._windows_sdpa import attend
 from mimfast.ops.window_attention import window_attention_ref
 
