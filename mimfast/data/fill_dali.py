@@ -1,8 +1,8 @@
 """Rows of a batch decoded by DALI, of each image the part that its crops show; the batch is that of `fill.Filler`.
 
-What DALI should not have, or refuses, the portable decoder does: files that are not plain, large images, which it takes
-one by one, and JPEG files that may be decoded at a reduced size. So pixels, bad images and their reasons are the same as
-without DALI.
+What DALI should not have, or refuses, the portable decoder does: files that are not plain, large images, which come one
+by one there, and JPEG files that may be decoded at a reduced size. So pixels, bad images and their reasons are the same
+as without DALI.
 """
 
 import threading
@@ -20,7 +20,6 @@ from mimfast.data.fill import Filler, Work
 from mimfast.data.header import look
 from mimfast.data.resident import Kept
 from mimfast.ops.crop_resize import MAX_SIDE
-
 
 _MOST_BYTES = 8 << 20  # of a decoded image: a thread holds those of 16 rows
 
