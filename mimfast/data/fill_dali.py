@@ -1,7 +1,8 @@
 """Rows of a batch decoded by DALI, of each image the part that its crops show; the batch is that of `fill.Filler`.
 
-What DALI should not have, or refuses, the portable decoder does: files that are not plain, and JPEG files so large that
-they may be decoded at a reduced size. So pixels, bad images and their reasons are the same as without DALI.
+What DALI should not have, or refuses, the portable decoder does: files that are not plain, large images, which come one
+by one there, and JPEG files that may be decoded at a reduced size. So pixels, bad images and their reasons are the same
+as without DALI.
 """
 
 import threading
@@ -19,6 +20,8 @@ from mimfast.data.fill import Filler, Work
 from mimfast.data.header import look
 from mimfast.data.resident import Kept
 from mimfast.ops.crop_resize import MAX_SIDE
+
+_MOST_BYTES = 8 << 20  # of a decoded image: a thread holds those of 16 rows
 
 
 class _File(NamedTuple):
@@ -108,4 +111,5 @@ def _size(data: bytes, min_side: int) -> tuple[int, int] | None:
     except BadImage:
         return None  # the portable decoder says it in its words
     reduced = kind == "jpeg" and min(width, height) >= 2 * min_side
-    return (width, height) if plain and not reduced and max(width, height) <= MAX_SIDE else None
+    fits = 3 * width * height <= _MOST_BYTES and max(width, height) <= MAX_SIDE
+    return (width, height) if plain and fits and not reduced else None

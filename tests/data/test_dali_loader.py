@@ -125,6 +125,17 @@ def test_dali_decodes_what_it_should(source, monkeypatch):
     assert sum(count for count, _ in calls) <= 3
 
 
+def test_what_is_for_dali():
+    jpeg, png = (encode(noise(300, 200), kind) for kind in ("JPEG", "PNG"))
+    assert fill_dali._size(jpeg, 101) == (300, 200)
+    assert fill_dali._size(jpeg, 100) is None  # may be decoded at half its size
+    assert fill_dali._size(png, 100) == (300, 200)
+    assert fill_dali._size(jpeg[:-2], 101) is None
+    assert fill_dali._size(b"", 101) is None
+    assert fill_dali._size(encode(np.zeros((1, 70_000, 3), np.uint8), "PNG"), 8) is None
+    assert fill_dali._size(encode(np.zeros((2000, 2000, 3), np.uint8), "PNG"), 8) is None
+
+
 @needs_dali
 def test_parts_are_decoded_only_as_far_as_crops_need_them(tmp_path, monkeypatch):
     path = tmp_path / "one.png"
