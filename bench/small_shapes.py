@@ -1,4 +1,4 @@
-"""Run every op x implementation on its first cases, forward and backward, for compute-sanitizer to watch."""
+"""Run every op x implementation on the first cases it takes, forward and backward, for compute-sanitizer to watch."""
 
 import sys
 from importlib import import_module
@@ -20,17 +20,20 @@ def main() -> int:
     for op in ops.__all__:
         cases = import_module(f"mimfast.testing.{op}")
         for impl in import_module(f"mimfast.ops.{op}").IMPLS:
-            reason = why_not_on(impl, device)
-            for case in cases.CASES[:CASES_PER_OP] if reason is None else []:
+            reason, ran = why_not_on(impl, device), 0
+            for case in cases.CASES if reason is None else []:
+                if ran == CASES_PER_OP:
+                    break
                 args = cases.make(case, device)
                 try:
                     out = getattr(ops, op)(**args, impl=impl)
                 except UserError as error:
                     print(f"{op} {impl}: refused one case: {error}")
                     continue
+                ran += 1
                 if isinstance(out, torch.Tensor) and out.requires_grad:
                     out.sum().backward()
-            print(f"{op} {impl}: {reason or 'ran'}")
+            print(f"{op} {impl}: {reason or f'ran {ran} cases'}")
     if device == "cuda":
         torch.cuda.synchronize()
     return 0

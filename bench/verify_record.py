@@ -2,9 +2,10 @@
 
     python bench/verify_record.py bench/results/gpu-....json [--write]
 
-An op x implementation is entered when the record was made on a GPU (no dry run), no test of its file failed, at least
-one test that names the implementation passed, its benchmark stayed in tolerance, and its sources are those of this
-tree. Prints every decision with its reason; exit code 1 when nothing could be entered.
+An op x implementation is entered when the record was made on a GPU (no dry run), no test of its files (test_<op>.py,
+test_<op>_<implementation>.py) failed, at least one test that names the implementation passed, its benchmark stayed in
+tolerance, and its sources are those of this tree. Prints every decision with its reason; exit code 1 when nothing could
+be entered.
 """
 
 import argparse
@@ -28,7 +29,8 @@ def why_not(record: dict[str, Any], op: str, impl: str, present: str | None) -> 
     recorded = record["sources"].get(op, {}).get(impl)
     if recorded is None or recorded != present:
         return "the sources of this tree are not those of the record"
-    tests = {k: v for s in record["stages"] for k, v in s.get("tests", {}).items() if f"test_{op}.py::" in k}
+    files = (f"test_{op}.py::", f"test_{op}_{impl}.py::")
+    tests = {k: v for s in record["stages"] for k, v in s.get("tests", {}).items() if any(f in k for f in files)}
     failed = [name for name, outcome in tests.items() if outcome == "failed"]
     if failed:
         return f"{len(failed)} tests failed, first {failed[0]}"

@@ -8,6 +8,7 @@
 #include <sstream>
 #include <string>
 
+#include "crop_gather.h"
 #include "crop_resize.h"
 #include "group_plan.h"
 #include "hog.h"
@@ -206,6 +207,20 @@ mimfast::CropResize make_crop_resize(uintptr_t img, std::array<int64_t, 4> strid
           at<uint8_t>(out)};
 }
 
+mimfast::CropGather make_crop_gather(const mimfast::CropResize& crop, uintptr_t keep, int64_t kept, int32_t patch,
+                                     bool channels_last, std::array<float, 3> mean, std::array<float, 3> std,
+                                     uintptr_t out, const std::string& out_type) {
+  return {crop,
+          at<const int64_t>(keep),
+          kept,
+          patch,
+          channels_last,
+          {mean[0], mean[1], mean[2]},
+          {std[0], std[1], std[2]},
+          at<void>(out),
+          pixel_type(out_type)};
+}
+
 mimfast::LocalNorm make_local_norm(uintptr_t img, bool img_uint8, std::array<int64_t, 4> stride, int64_t batch,
                                    int32_t height, int32_t width, int32_t radius, std::array<float, 3> floor,
                                    uintptr_t out) {
@@ -254,7 +269,7 @@ mimfast::WindowAttention make_window_attention(uintptr_t qkv, bool bf16, std::ar
                                                uintptr_t d_head_scale) {
   return {at<const void>(qkv),
           bf16,
-          qkv_stride,
+          {qkv_stride[0], qkv_stride[1], qkv_stride[2]},
           at<const float>(qkv_bias),
           at<const float>(table),
           at<const float>(head_scale),
@@ -265,13 +280,13 @@ mimfast::WindowAttention make_window_attention(uintptr_t qkv, bool bf16, std::ar
           cols,
           heads,
           head,
-          window,
-          shift,
+          {window[0], window[1]},
+          {shift[0], shift[1]},
           roll_first,
           scale,
           mask,
           at<const void>(grad),
-          grad_stride,
+          {grad_stride[0], grad_stride[1], grad_stride[2]},
           at<void>(out),
           at<void>(d_qkv),
           at<float>(d_table),
@@ -380,6 +395,12 @@ PYBIND11_MODULE(_core, m) {
   m.def("crop_resize_simd_bits", &mimfast::crop_resize_simd_bits, py::arg("bits"));
   m.attr("CROP_MAX_SIDE") = mimfast::kCropMaxSide;
 
+  py::class_<mimfast::CropGather>(m, "CropGather", py::module_local(), "One call, as in csrc/crop_gather.h.")
+      .def(py::init(&make_crop_gather), py::kw_only(), py::arg("crop"), py::arg("keep"), py::arg("kept"),
+           py::arg("patch"), py::arg("channels_last"), py::arg("mean"), py::arg("std"), py::arg("out"),
+           py::arg("out_type"));
+  m.def("crop_gather_cpu", &mimfast::crop_gather_cpu, py::arg("call"), py::arg("threads"), release_gil());
+
   py::class_<mimfast::LocalNorm>(m, "LocalNorm", py::module_local(), "One call, as in csrc/local_norm.h.")
       .def(py::init(&make_local_norm), py::kw_only(), py::arg("img"), py::arg("img_uint8"), py::arg("stride"),
            py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("radius"), py::arg("floor"), py::arg("out"));
@@ -399,6 +420,12 @@ PYBIND11_MODULE(_core, m) {
         py::arg("lanes") = 16, release_gil());
 
 #ifdef MIMFAST_CUDA
+  m.def(
+      "crop_gather_cuda",
+      [](const mimfast::CropGather& call, uintptr_t stream) {
+        mimfast::crop_gather_cuda(call, at<CUstream_st>(stream));
+      },
+      py::arg("call"), py::arg("stream"), release_gil());
   m.def(
       "crop_resize_cuda",
       [](const mimfast::CropResize& call, uintptr_t stream) {
@@ -422,6 +449,13 @@ PYBIND11_MODULE(_core, m) {
         mimfast::noop_cuda(at<const float>(x), at<float>(y), n, at<CUstream_st>(stream));
       },
       py::arg("x"), py::arg("y"), py::arg("n"), py::arg("stream"), release_gil());
+  m.def(
+      "window_attention_cuda",
+      [](const mimfast::WindowAttention& call, int parts, uintptr_t partial, uintptr_t stream) {
+        mimfast::window_attention_cuda(call, parts, at<float>(partial), at<CUstream_st>(stream));
+      },
+      py::arg("call"), py::arg("parts"), py::arg("partial"), py::arg("stream"), release_gil());
+  m.def("window_attention_cuda_parts", &mimfast::window_attention_cuda_parts, py::arg("call"), release_gil());
   m.def(
       "mask_plan_cuda",
       [](const mimfast::MaskPlan& plan, uintptr_t stream) { mimfast::mask_plan_cuda(plan, at<CUstream_st>(stream)); },

@@ -108,6 +108,11 @@ CROP_BOTH int64_t crop_share(const CropSide& s, int64_t x, int64_t j) {
   return static_cast<int64_t>(static_cast<double>(value) * s.unit);
 }
 
+// where a running sum of the filter stands, in steps of a weight; `per` is 2 << kCropBits over the sum of all
+CROP_BOTH int64_t crop_upto(int64_t sum, double per) {
+  return (static_cast<int64_t>(static_cast<double>(sum) * per) + 1) >> 1;
+}
+
 // The weights of output pixel x for first, first + 1, ..., one after the other.
 struct CropWeights {
   double per;
@@ -124,7 +129,7 @@ struct CropWeights {
   CROP_BOTH void restart() { sum = before = 0; }
   CROP_BOTH float next(const CropSide& s, int64_t x, int64_t j) {
     sum += crop_share(s, x, j);
-    const int64_t upto = (static_cast<int64_t>(static_cast<double>(sum) * per) + 1) >> 1, weight = upto - before;
+    const int64_t upto = crop_upto(sum, per), weight = upto - before;
     before = upto;
     return static_cast<float>(weight);
   }

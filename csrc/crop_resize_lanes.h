@@ -1,5 +1,4 @@
-// The inner loops of crop_resize_cpu.cpp, which includes this file once for each instruction set, inside a namespace
-// and with that set switched on; MIMFAST_LANES is how many fp32 it computes at once. Pixels come and go 16 at a time.
+// The inner loops of crop_resize and crop_gather, see each_lanes.h. Pixels come and go 16 at a time.
 
 constexpr int kLanes = MIMFAST_LANES, kParts = 16 / kLanes;
 using Floats = float __attribute__((vector_size(4 * kLanes)));
@@ -22,6 +21,24 @@ inline Floats spread(const uint8_t* from) {
   return _mm_cvtepi32_ps(_mm_unpacklo_epi16(_mm_unpacklo_epi8(bytes, zero), zero));
 #else
   return Floats{float(from[0]), float(from[1]), float(from[2]), float(from[3])};
+#endif
+}
+
+// a / b, from the inverse of b where a product and a sum can be rounded as one: twice corrected by the remainder, which
+// gives the last bit too, but for extreme numbers
+inline Floats quotient(Floats a, Floats b, [[maybe_unused]] Floats inverse_b) {
+#if MIMFAST_LANES == 4
+  return a / b;
+#else
+  Floats q = a * inverse_b;
+  for (int round = 0; round < 2; ++round) {
+#if MIMFAST_LANES == 16
+    q = _mm512_fmadd_ps(_mm512_fnmadd_ps(b, q, a), inverse_b, q);
+#else
+    q = _mm256_fmadd_ps(_mm256_fnmadd_ps(b, q, a), inverse_b, q);
+#endif
+  }
+  return q;
 #endif
 }
 
@@ -52,47 +69,58 @@ inline void finish(const Sums& sums, uint8_t* to) {
 #endif
 }
 
-// Along the rows, 16 of them at once: pixel (row r, colour c, column x) of `tile` is at (c * colour + x * column) * 16
-// + r. Writes pixel (r, c, x) to out + c * plane + r * pitch + x; whole blocks of 16 x 16 of them.
-inline void across(const uint8_t* tile, int64_t colour, int64_t column, const CropTable& table, int32_t size,
-                   int64_t plane, int64_t pitch, uint8_t* out) {
-  alignas(16) uint8_t found[3][16 * 16] = {};
-  for (int32_t x0 = 0; x0 < size; x0 += 16) {
-    const int32_t count = std::min(16, size - x0);
-    for (int32_t i = 0; i < count; ++i) {
-      const float* weights = table.weights.data() + (x0 + i) * table.most;
-      const uint8_t* pixels = tile + table.first[static_cast<size_t>(x0 + i)] * column * 16;
-      const int32_t taps = table.count[static_cast<size_t>(x0 + i)];
-      Sums red = {}, green = {}, blue = {};
-      for (int32_t k = 0; k < taps; ++k, pixels += column * 16) {
-        add(red, pixels, weights[k]);
-        add(green, pixels + colour * 16, weights[k]);
-        add(blue, pixels + 2 * colour * 16, weights[k]);
-      }
-      finish(red, found[0] + 16 * i);
-      finish(green, found[1] + 16 * i);
-      finish(blue, found[2] + 16 * i);
+// Along the rows, 16 of them at once, outputs x0 .. x0 + count - 1 of the table: pixel (row r, colour c, output x0 + i)
+// goes to out[i * step + c * colour + r].
+inline void across(const Tile& tile, const Table& table, int64_t x0, int64_t count, int64_t step, int64_t colour,
+                   uint8_t* out) {
+  for (int64_t x = x0; x < x0 + count; ++x, out += step) {
+    const float* weights = table.weights.data() + x * table.most;
+    const uint8_t* pixels = tile.at + (table.first_of(x) - tile.left) * tile.column * 16;
+    const int32_t taps = table.count[static_cast<size_t>(x)];
+    Sums red = {}, green = {}, blue = {};
+    for (int32_t k = 0; k < taps; ++k, pixels += tile.column * 16) {
+      add(red, pixels, weights[k]);
+      add(green, pixels + tile.colour * 16, weights[k]);
+      add(blue, pixels + 2 * tile.colour * 16, weights[k]);
     }
-    for (int c = 0; c < 3; ++c) transpose16(found[c], 16, out + c * plane + x0, pitch);
+    finish(red, out);
+    finish(green, out + colour);
+    finish(blue, out + 2 * colour);
   }
 }
 
-// down the columns of one plane [rows, pitch], to [size, size]
-inline void down(const uint8_t* plane, int64_t pitch, const CropTable& table, int32_t size, uint8_t* out) {
-  for (int32_t y = 0; y < size; ++y, out += size) {
+// Down the columns, outputs y0 .. y0 + count - 1 of the table, `width` pixels of each. `rows` begins with row `top` of
+// the box, and its rows are `pitch` apart, a multiple of 16 pixels.
+inline void down(const uint8_t* rows, int64_t pitch, int32_t top, const Table& table, int64_t y0, int64_t count,
+                 int64_t width, uint8_t* out) {
+  for (int64_t y = y0; y < y0 + count; ++y, out += width) {
     const float* weights = table.weights.data() + y * table.most;
-    const uint8_t* rows = plane + table.first[static_cast<size_t>(y)] * pitch;
+    const uint8_t* from = rows + (table.first_of(y) - top) * pitch;
     const int32_t taps = table.count[static_cast<size_t>(y)];
-    for (int32_t x = 0; x < size; x += 16) {
+    for (int64_t x = 0; x < width; x += 16) {
       Sums sums = {};
-      for (int32_t k = 0; k < taps; ++k) add(sums, rows + k * pitch + x, weights[k]);
-      if (x + 16 <= size) {
+      for (int32_t k = 0; k < taps; ++k) add(sums, from + k * pitch + x, weights[k]);
+      if (x + 16 <= width) {
         finish(sums, out + x);
       } else {
         uint8_t last[16];
         finish(sums, last);
-        std::memcpy(out + x, last, static_cast<size_t>(size - x));
+        std::memcpy(out + x, last, static_cast<size_t>(width - x));
       }
     }
   }
+}
+
+// Normalises pixels from[i] with mean[i] and std[i] = 1 / inverse[i], whole vectors of them; says how many.
+inline int64_t normalize(const uint8_t* from, int64_t n, const float* mean, const float* std, const float* inverse,
+                         float* to) {
+  using Loose = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats m = *reinterpret_cast<const Loose*>(mean + i), s = *reinterpret_cast<const Loose*>(std + i);
+    const Floats per = *reinterpret_cast<const Loose*>(inverse + i);
+    const Floats unit = quotient(spread(from + i), Floats{} + 255.0f, Floats{} + 1.0f / 255.0f);
+    *reinterpret_cast<Loose*>(to + i) = quotient(unit - m, s, per);
+  }
+  return i;
 }

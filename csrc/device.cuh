@@ -1,4 +1,4 @@
-// What the kernels share: warp and block sums and ranks, and the checked launch. Compiled by nvcc, or by g++ through
+// What the kernels share: warp and block sums and ranks, and the checked launches. Compiled by nvcc, or by g++ through
 // emulate.h. Every function here is called by all threads of the block.
 #pragma once
 
@@ -52,23 +52,71 @@ __device__ __forceinline__ Rank block_rank(bool flag, int* scratch) {
   return rank;
 }
 
-// starts `kernel` on `blocks` x `threads` and raises std::runtime_error with a sentence when the launch is refused
+// what launch_shared gave the kernel, aligned to 16 bytes
+__device__ __forceinline__ void* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ uint4 dynamic_shared_memory[];
+  return dynamic_shared_memory;
+#else
+  return emulate::machine().shared.data();
+#endif
+}
+
+// starts `kernel` on `blocks` x `threads` with dynamic shared memory, and raises std::runtime_error with a sentence
+// when the launch is refused
 template <typename... Params>
-void launch(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, CUstream_st* stream,
-            Params... params) {
+void launch_shared(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes,
+                   CUstream_st* stream, Params... params) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX)
     throw std::runtime_error(std::string(op) + ": grid has " + std::to_string(blocks) +
                              " blocks, expected at most 2147483647 because CUDA counts them in 31 bits");
 #ifdef __CUDACC__
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(params...);
-  const cudaError_t status = cudaGetLastError();
+  cudaError_t status = cudaSuccess;
+  if (shared_bytes > 48 * 1024)  // more than every GPU grants without being asked
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status == cudaSuccess) {
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(params...);
+    status = cudaGetLastError();
+  } else {
+    cudaGetLastError();  // or the next call would report it
+  }
   if (status != cudaSuccess)
     throw std::runtime_error(std::string(op) + ": CUDA launch of " + std::to_string(blocks) + " blocks of " +
                              std::to_string(threads) + " threads failed because " + cudaGetErrorString(status));
 #else
   static_cast<void>(stream);
-  emulate::run({static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, [=] { kernel(params...); });
+  emulate::run({static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, static_cast<size_t>(shared_bytes),
+               [=] { kernel(params...); });
+#endif
+}
+
+// the same without dynamic shared memory
+template <typename... Params>
+void launch(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, CUstream_st* stream,
+            Params... params) {
+  launch_shared(op, kernel, blocks, threads, 0, stream, params...);
+}
+
+// how many blocks of `kernel` the current device runs at once; when emulated few, so that each has more work than one
+// piece
+template <typename... Params>
+int resident_blocks(const char* op, void (*kernel)(Params...), int threads, int shared_bytes) {
+#ifdef __CUDACC__
+  int device = 0, processors = 0, each = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess && shared_bytes > 48 * 1024)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status == cudaSuccess)
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes);
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(op) + ": the CUDA device could not be asked because " +
+                             cudaGetErrorString(status));
+  return processors * each;
+#else
+  static_cast<void>(op), static_cast<void>(kernel), static_cast<void>(threads), static_cast<void>(shared_bytes);
+  return 4;
 #endif
 }
 

@@ -6,9 +6,9 @@
 #include <array>
 #include <cstdint>
 
-namespace mimfast {
+#include "pixel_types.h"
 
-enum class PixelType : int32_t { kUint8, kFloat32, kBfloat16, kFloat16 };
+namespace mimfast {
 
 struct PatchGather {
   // inputs

@@ -319,11 +319,13 @@ struct Head {
     const std::array<int64_t, 3> dense = {call.rows * call.cols * width, call.cols * width, width};
     const std::array<int64_t, 3> dense3 = {3 * dense[0], 3 * dense[1], 3 * dense[2]};
     scale = call.head_scale != nullptr ? call.head_scale[head] : call.scale;
-    grad = {static_cast<const T*>(call.grad) + head * size, call.grad_stride};
+    grad = {static_cast<const T*>(call.grad) + head * size,
+            {call.grad_stride[0], call.grad_stride[1], call.grad_stride[2]}};
     out = {static_cast<T*>(call.out) + head * size, dense};
     for (int64_t part = 0; part < 3; ++part) {
       const int64_t column = part * width + head * size;
-      in[part] = {static_cast<const T*>(call.qkv) + column, call.qkv_stride};
+      in[part] = {static_cast<const T*>(call.qkv) + column,
+                  {call.qkv_stride[0], call.qkv_stride[1], call.qkv_stride[2]}};
       d_in[part] = {static_cast<T*>(call.d_qkv) + column, dense3};
       padding[part] = call.qkv_bias != nullptr ? call.qkv_bias + column : nullptr;
     }

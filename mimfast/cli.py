@@ -1,4 +1,4 @@
-"""The command line: `mimfast pretrain | prep | export | doctor`.
+"""The command line: `mimfast pretrain | prep | bench | export | doctor`.
 
 Exit codes: 0 done; 1 an error inside mimfast (with traceback); 2 something in the command, the settings or the images
 is not usable;
@@ -21,6 +21,7 @@ USAGE = """usage: mimfast COMMAND ...
   mimfast pretrain [RECIPE] [--data DIR] [--section.key VALUE ...]   pre-train an encoder
   mimfast prep SRC OUT [--size 256 --format jpeg|raw]                images at training size, in one checked file
   mimfast prep verify OUT                                            find damaged images in it
+  mimfast bench data DIR                                             images/s of each decoder, and what limits them
   mimfast export RUN_OR_FILE OUT --layout timm|hf|mae|...            write weights under other names
   mimfast doctor [--markdown]                                        what this machine can run, and why not
 
@@ -95,7 +96,7 @@ def _route(argv: list[str]) -> int:
         return 0
     if command == "doctor":
         return _doctor(rest)
-    if command in ("pretrain", "prep", "export"):
+    if command in ("pretrain", "prep", "bench", "export"):
         if find_spec("tyro") is None:
             print(
                 "mimfast: the command line has no tyro to read its options, expected it installed: pip install tyro",
@@ -106,11 +107,13 @@ def _route(argv: list[str]) -> int:
             from mimfast.data.command import main as prep
 
             return prep(rest)
+        if command == "bench":
+            return _bench(rest)
         return _pretrain(rest) if command == "pretrain" else _export(rest)
     from mimfast._check import UserError
     from mimfast.settings import did_you_mean
 
-    known = ("pretrain", "prep", "export", "doctor")
+    known = ("pretrain", "prep", "bench", "export", "doctor")
     raise UserError(
         f"mimfast: command has {command!r}, expected {', '.join(known)} because no other "
         f"exists{did_you_mean(command, known)}"
@@ -134,6 +137,19 @@ def _doctor(rest: list[str]) -> int:
     from mimfast.doctor import main as doctor
 
     return doctor("--markdown" in rest)
+
+
+def _bench(rest: list[str]) -> int:
+    from mimfast._check import UserError
+
+    if rest in ([], ["-h"], ["--help"]):
+        print("usage: mimfast bench data DIR\n\nImages a second of each decoder, and what limits them.")
+        return 0
+    if rest[0] != "data":
+        raise UserError(f"bench: what to measure has {rest[0]!r}, expected data because no other bench is a command")
+    from mimfast.data.measure import main as measure
+
+    return measure(rest[1:])
 
 
 def _export(rest: list[str]) -> int:

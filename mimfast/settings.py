@@ -23,6 +23,7 @@ _HARMLESS = ("score", "run")
 _HARMLESS_KEYS = {
     "data.workers",
     "data.decoder",
+    "data.cache",
     "data.eval",
     "data.labels",
     "train.device",
@@ -228,6 +229,12 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
         (data.crop_scale[1] <= 1, "data.crop_scale", "numbers up to 1", "a crop is not larger than its image"),
         (0 <= data.recolour <= 1, "data.recolour", "0 to 1", "it is a strength"),
         (data.workers is None or data.workers >= 0, "data.workers", "0 or more", "it is a number of threads"),
+        (
+            data.cache_side is None or 0 < data.cache_side <= 65536,
+            "data.cache_side",
+            "1 to 65536",
+            "it is a side in pixels",
+        ),
         (data.repeat > 0, "data.repeat", "1 or more", "it is a number of views of an image"),
     ]
     return rules

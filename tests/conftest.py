@@ -1,6 +1,7 @@
 """Shared set-up: Triton's interpreter where there is no GPU, fixed seeds and threads."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,13 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compilations() -> None:
+    """What torch.compile remembers of one test would count against the next one's limit of recompilations."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session", autouse=True)

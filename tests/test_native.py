@@ -109,7 +109,7 @@ def test_a_refused_launch_is_a_sentence():
 
 
 EMULATED_PROGRAM = r"""
-#include "device.cuh"
+#include "tensor_cores.cuh"
 #include <cstdio>
 #include <cstdlib>
 using namespace mimfast;
@@ -142,8 +142,58 @@ __global__ void leave_early(int* out) {
 __global__ void diverge(int*) {
   if (threadIdx.x == 0) __syncwarp(); else __syncthreads();
 }
+__global__ void copies(const uint32_t* from) {
+  Chunk* to = static_cast<Chunk*>(dynamic_shared());
+  const int t = threadIdx.x;
+  EXPECT(to[t].word[0] == 0xffffffffu);
+  copy_async(&to[t], from + 4 * t);
+  copy_commit();
+  copy_async(&to[32 + t], from + 4 * t);
+  copy_commit();
+  EXPECT(to[t].word[3] == 0xffffffffu);  // not before it is waited for
+  copy_wait<1>();
+  EXPECT(to[t].word[3] == from[4 * t + 3] && to[32 + t].word[3] == 0xffffffffu);
+  copy_wait<0>();
+  EXPECT(to[32 + t].word[3] == from[4 * t + 3]);
+}
+template <bool kBf16> __global__ void products() {
+  Chunk* rows = static_cast<Chunk*>(dynamic_shared());  // 16 x 16, one row in two chunks
+  const int t = threadIdx.x, g = t / 4, c = t % 4 * 2;
+  auto value = [](int row, int column) { return static_cast<float>((row * 7 + column * 5) % 11 - 5); };
+  for (int i = 0; i < 4; ++i) {
+    const int pair = t * 4 + i, row = pair / 8, column = pair % 8 * 2;
+    rows[2 * row + column / 8].word[column % 8 / 2] = pack<kBf16>(value(row, column), value(row, column + 1));
+  }
+  __syncwarp();
+  uint32_t a[4], b[4], turned[4];
+  load_matrices<4, false>(a, shared_at(&rows[2 * (t % 16) + t / 16]));
+  load_matrices<4, false>(b, shared_at(&rows[2 * (t % 8) + t / 8 % 2]));  // row n has column n of the right side
+  load_matrices<2, true>(turned, shared_at(&rows[2 * (t % 16)]));
+  float square[4] = {}, plain[4] = {1, 1, 1, 1}, narrow[4] = {};
+  multiply_16<kBf16>(square, a, b);
+  multiply_16<kBf16>(plain, a, turned);
+  multiply_8<kBf16>(narrow, a, b);
+  for (int e = 0; e < 4; ++e) {
+    const int row = g + e / 2 * 8, column = c + e % 2;
+    float squares = 0, plains = 1, narrows = 0;
+    for (int k = 0; k < 16; ++k) {
+      squares += value(row, k) * value(column, k);
+      plains += value(row, k) * value(k, column);
+      if (k < 8) narrows += value(row, k) * value(column, k);
+    }
+    EXPECT(square[e] == squares && plain[e] == plains && narrow[e] == narrows);
+  }
+  EXPECT(pack<true>(1.00390625f, 1.01171875f) == (0x3f82u << 16 | 0x3f80u));  // ties to even
+  EXPECT(pack<false>(65536.0f, 2.98023224e-8f) == 0x7c00u);
+  EXPECT(pack<false>(-6.0e-5f, 1.5f) == (0x3e00u << 16 | 0x83efu));
+}
 int main() {
   int out[256] = {};
+  uint32_t from[128];
+  for (uint32_t i = 0; i < 128; ++i) from[i] = i;
+  launch_shared("copies", copies, 2, 32, 1024, nullptr, static_cast<const uint32_t*>(from));
+  launch_shared("products", products<true>, 1, 32, 512, nullptr);
+  launch_shared("products", products<false>, 1, 32, 512, nullptr);
   launch("sums", sums<32>, 3, 32, nullptr, &out[0]);
   launch("sums", sums<256>, 3, 256, nullptr, &out[0]);
   EXPECT(out[0] == 12 && out[255] == 6);
@@ -159,7 +209,7 @@ int main() {
 
 
 def test_the_emulator_itself(tmp_path):
-    """Barriers, warp operations, threads that leave, a deadlock and a bad block size: a program of its own."""
+    """Barriers, warp operations, products, copies, threads that leave, a deadlock, a bad block size, in one program."""
     if emulated.why_not() is not None:
         pytest.skip(emulated.why_not())
     (tmp_path / "program.cpp").write_text(EMULATED_PROGRAM)

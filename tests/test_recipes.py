@@ -209,6 +209,7 @@ def test_the_default_depends_on_the_data():
         ),
         ("data.crop_scale", [0.5, 1.5], "data.crop_scale has (0.5, 1.5), expected numbers up to 1"),
         ("data.workers", -1, "data.workers has -1"),
+        ("data.cache_side", 0, "data.cache_side has 0, expected 1 to 65536 because it is a side in pixels"),
         ("optim.batch_size", 0, "optim.batch_size has 0"),
         ("optim.lr", 0.0, "optim.lr has 0.0"),
         ("train.steps", 0, "train.steps has 0"),
@@ -262,6 +263,9 @@ def test_a_file_that_is_no_toml_is_named(tmp_path):
 def test_the_fingerprint_follows_what_is_learnt_only():
     one = recipes.mae_photos()
     place = settings.override(one, {"run.out": "x", "train.log_every": 7, "data.workers": 3, "score.views": 1}, "x")
+    place = settings.override(place, {"data.cache": "host"}, "x")
     other = settings.override(one, {"optim.lr": 0.5}, "x")
+    copies = settings.override(one, {"data.cache_side": 128}, "x")
+    assert settings.changed(one, copies) == ["data.cache_side: None -> 128"]
     assert settings.fingerprint(one) == settings.fingerprint(place) != settings.fingerprint(other)
     assert settings.changed(one, other) == [f"optim.lr: {one.optim.lr} -> 0.5"]

@@ -166,6 +166,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
     picture = sheet.draw(
         torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8), torch.ones(1, 2, 2, dtype=torch.bool), cell=16
     )
+    line |= {"data_read_s": 0.1, "data_decode_s": 2.7, "data_crop_s": 0.2, "data_transfer_s": 0.0}
     text = page.render(facts, [table], picture, curve.svg([(1, 0.5), (2, 0.4)]), [line], {"torch": "9"})
     assert "&lt;evil&gt;.png" in text
     assert "<evil>" not in text
@@ -173,5 +174,19 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
     assert "prefers-color-scheme: dark" in text
     assert "data:image/png;base64," in text
     assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert "<p>data: the step waited 10.0 % of the time; the loader spent 90 % decoding, 7 % cropping" in text
     for word in ("1:01", "crop_scale = ", "1.00 GiB", "note"):
         assert word in text
+
+
+def test_who_waited():
+    def line(wait, read=0.0, decode=0.0, crop=0.0):
+        return {"data_wait": wait, "data_read_s": read, "data_decode_s": decode, "data_crop_s": crop}
+
+    assert page.who_waited([]) is None
+    assert page.who_waited([{"data_wait": 0.25}]) == "data: the step waited 25.0 % of the time"
+    # the first interval, with the start-up, does not count where there are others
+    lines = [line(0.9, 50.0), line(0.01, 0.9, 6.1, 3.0), line(0.014, 0.9, 6.1, 3.0)]
+    told = "data: the step waited 1.2 % of the time; the loader spent 61 % decoding, 30 % cropping, 9 % reading"
+    assert page.who_waited(lines) == told
+    assert page.who_waited([line(0, 0.001, 0.0, 9.0)]).endswith("; the loader spent 100 % cropping")

@@ -51,6 +51,10 @@ class Arrays:
         image = np.ascontiguousarray(self._images[i])
         return image if image.shape[-1] == 3 else np.repeat(image, 3, axis=-1)
 
+    def shapes(self, min_side: int | None = None) -> np.ndarray:
+        """int32 (N, 2), height and width of every image: one size, whatever `min_side`."""
+        return np.broadcast_to(np.array(self._images.shape[1:3], np.int32), (len(self), 2))
+
     def read(self, i: int) -> bytes:
         """Image i as a PPM file."""
         return ppm(self.pixels(i))

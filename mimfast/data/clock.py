@@ -2,8 +2,9 @@
 
 import threading
 
-# read: bytes from the disk or the archive. decode: bytes to pixels. crop: box, resampling, flip. transfer: to the
-# device. wait: the consumer had nothing to do. All but the last are summed over threads.
+# read: bytes from the disk or the archive. decode: bytes to pixels. crop: box, resampling, flip. All three are summed
+# over threads. transfer: the consumer handed a batch to the device; the copy itself goes on beside its work. wait: the
+# consumer had nothing to do.
 STAGES = ("read", "decode", "crop", "transfer", "wait")
 
 

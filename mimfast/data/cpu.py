@@ -1,36 +1,44 @@
 """How many threads this process may keep busy: a container often has fewer than the machine shows."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 _MAX_WORKERS = 16
 
 
-def cpu_quota(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:
+def cpu_quota(cgroup_root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | None:
     """CPUs' worth of time that the control group (version 2 or 1) and those above it allow; None without a limit."""
+    groups = control_groups("cpu", cgroup_root, membership)
+    quotas = [_quota_v2(folder) if version == 2 else _quota_v1(folder) for version, folder in groups]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def control_groups(
+    controller: str, cgroup_root: Path = CGROUPS, membership: Path = MEMBERSHIP
+) -> Iterator[tuple[int, Path]]:
+    """(version 1 or 2, folder) of this process's control group and of those above it, for "cpu" or "memory"."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
-        return None
-    quotas = []
+        return
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         base = cgroup_root / controllers if controllers else cgroup_root
         if controllers and not base.is_dir():
-            base = cgroup_root / "cpu"
+            base = cgroup_root / controller
         folder = base / group.lstrip("/")
         # A container may see its own group as the root of the tree, so folders that do not exist are passed over.
         while True:
-            quota = _quota_v1(folder) if controllers else _quota_v2(folder)
-            if quota is not None:
-                quotas.append(quota)
+            yield (1 if controllers else 2), folder
             if folder == base or base not in folder.parents:
                 break
             folder = folder.parent
-    return min(quotas, default=None)
 
 
 def _quota_v2(folder: Path) -> float | None:

@@ -90,12 +90,13 @@ class DaliCrops:
         """
         if not 1 <= len(files) <= self.batch_size:
             fail("dali", "files", len(files), f"1 to {self.batch_size}", "that is the batch size of the pipeline")
+        boxes, flip = np.ascontiguousarray(boxes), np.ascontiguousarray(flip)
         for name, given, dtype, shape in (
-            ("boxes", boxes, torch.int32, (len(files), 4)),
-            ("flip", flip, torch.bool, (len(files),)),
+            ("boxes", torch.from_numpy(boxes), torch.int32, (len(files), 4)),
+            ("flip", torch.from_numpy(flip), torch.bool, (len(files),)),
         ):
-            check_dtype("dali", name, torch.as_tensor(given), (dtype,), "each file has its own")
-            check_shape("dali", name, torch.as_tensor(given), shape, f"there are {len(files)} files")
+            check_dtype("dali", name, given, (dtype,), "each file has its own")
+            check_shape("dali", name, given, shape, f"there are {len(files)} files")
         # DALI mirrors what is resized to a negative width
         self._line.feed(files, boxes, np.where(flip, -self.size, self.size).astype(np.float32))
 
@@ -132,6 +133,8 @@ class DaliParts:
     """
 
     def __init__(self, batch_size: int, threads: int = 1) -> None:
+        self.batch_size = batch_size
+
         def graph(dali: Any, file: Any, start: Any, shape: Any) -> Any:
             return dali.fn.decoders.image_slice(file, start, shape, axes=(0, 1), device="cpu", adjust_orientation=False)
 
@@ -194,7 +197,7 @@ class _Line:
     def __init__(
         self, graph: Callable[..., Any], squares: bool, batch_size: int, threads: int, device_id: int | None
     ) -> None:
-        self._dali = _import()
+        self._dali, self._most = _import(), _most_bytes()
         self._graph, self._device_id = graph, device_id
         self._batch_size, self._threads = batch_size, threads
         self._inputs = ("file", "start", "shape", "width") if squares else ("file", "start", "shape")
@@ -212,7 +215,9 @@ class _Line:
         rows = [row for row, file in enumerate(files) if file is not None]
         there = [file for file in files if file is not None]
         batch = _Batch(len(files), rows, there, boxes[rows], None if width is None else width[rows], {})
-        shut = [k for k, (file, box) in enumerate(zip(there, batch.boxes.tolist())) if not _opens(file, box)]
+        shut = [
+            k for k, (file, box) in enumerate(zip(there, batch.boxes.tolist())) if not _opens(file, box, self._most)
+        ]
         self._fed.append(batch.without(shut) if shut else batch)
         self._push(self._fed[-1])
 
@@ -312,15 +317,16 @@ _DOT = _Batch(
 )
 
 
-def _opens(file: bytes, box: list[int]) -> bool:
-    """DALI's parser takes the file, and the box is inside."""
+def _opens(file: bytes, box: list[int], most: int) -> bool:
+    """DALI's parser takes the file, its image has `most` bytes at most, and the box is inside."""
     from nvidia import nvimgcodec
 
     top, left, height, width = box
     try:
         found = nvimgcodec.CodeStream(file)
         inside = 0 <= top <= top + height <= found.height and 0 <= left <= left + width <= found.width
-        return inside and min(height, width) > 0 and found.codec_name in _CODECS
+        small = 3 * found.height * found.width <= most
+        return inside and small and min(height, width) > 0 and found.codec_name in _CODECS
     except RuntimeError:
         return False
 
@@ -336,8 +342,6 @@ def _reason(file: bytes) -> str:
 
 def _import() -> Any:
     """nvidia.dali. Raises UserError."""
-    # bytes of a decoded image; read when a decoder is made
-    os.environ.setdefault("DALI_MAX_IMAGE_SIZE", str(3 * MAX_PIXELS))
     # read when it is imported: its remarks about damaged files would go to the terminal
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
     try:
@@ -348,6 +352,12 @@ def _import() -> Any:
     except ImportError as error:
         raise UserError(f"dali: it cannot be loaded ({error}), install it with {INSTALL} to decode with it") from None
     return nvidia.dali
+
+
+def _most_bytes() -> int:
+    """Of a decoded image: what DALI_MAX_IMAGE_SIZE says, which DALI up to 2.3 reads when it makes a decoder."""
+    found = os.environ.setdefault("DALI_MAX_IMAGE_SIZE", str(3 * MAX_PIXELS))
+    return int(found) if found.isdigit() else 3 * MAX_PIXELS
 
 
 def _device(name: str) -> torch.device:

@@ -71,6 +71,15 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
         raise BadImage(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
 
 
+def reduced_shapes(shapes: np.ndarray, min_side: int | None) -> np.ndarray:
+    """Heights and widths that `decode(jpeg, min_side)` gives for JPEG files of these: int32 (N, 2) to int32 (N, 2)."""
+    if min_side is None:
+        return shapes
+    whole = shapes.min(1) // min_side
+    scale = np.select([whole >= 8, whole >= 4, whole >= 2], [8, 4, 2], 1)[:, None]
+    return ((shapes + scale - 1) // scale).astype(np.int32)
+
+
 def _set_up() -> None:
     """Load Pillow's codecs once; keep its remarks about odd files off the terminal (the loader reports bad files)."""
     if _PILLOW not in (getattr(rule[3], "pattern", None) for rule in warnings.filters):

@@ -23,7 +23,9 @@ from mimfast.data.clock import StageClock, Tally
 from mimfast.data.crop import CropConfig, centre_box, crop_rows, crop_words, min_decoded_side
 from mimfast.data.decoders import open_decoder
 from mimfast.data.fill import Batch, Filler, Reader, Work
+from mimfast.data.fill_dali import DaliFiller
 from mimfast.data.order import sample_at
+from mimfast.data.resident import Resident
 from mimfast.data.sources import Source
 
 _CACHE_BYTES = 256 << 20
@@ -48,8 +50,11 @@ class Loader:
     caller. crop: the random crop. prefetch: batches prepared ahead. cache_bytes: memory for decoded images.
     changes: other sizes to come, ascending by `at`; one takes effect with the first batch that begins at or after it,
     so that no sample is lost or repeated, and those before `start` have taken effect already. decoder: a name of
-    `decoders.DECODERS`; sources that keep pixels need none. repeat: views of each image, neighbours in the order, with
-    a crop of its own each; the image is decoded once for them. pin: batches in page-locked memory, for a GPU.
+    `decoders.DECODERS`; "dali" gives the batches of "pillow"; sources that keep pixels need none. repeat:
+    views of each image, neighbours in the order, with a crop of its own each; the image is decoded once for them.
+    pin: batches in page-locked memory, for a GPU.
+    resident: keeps what has been decoded for later epochs, see `resident.Resident`; when that is on a GPU, batches come
+    from there, made on the current stream. It stays its owner's.
 
     An image that cannot be read is put on `bad` and replaced by another one, so that the batch size is constant: the
     replacement depends on (seed, epoch, sample id) only, and `sample_ids` names the image really used.
@@ -74,6 +79,7 @@ class Loader:
         decoder: str = "auto",
         repeat: int = 1,
         pin: bool = False,
+        resident: Resident | None = None,
     ) -> None:
         _check_arguments(source, size, batch_size, start, workers, rank, world, prefetch, repeat)
         _check_changes(changes)
@@ -81,20 +87,23 @@ class Loader:
         self.source, self.size, self.batch_size, self.seed = source, size, batch_size, seed
         self.rank, self.world, self.workers, self.crop = rank, world, workers, crop
         self.repeat, self.clock = repeat, StageClock()
-        self._pin, self._decoder, self._cache_bytes = pin, open_decoder(decoder), cache_bytes
-        self._reader = Reader(source, self._decoder, min_decoded_side(size, crop), cache_bytes)
+        self._pin, self._resident = pin, resident
+        self._decoder = open_decoder("pillow" if decoder == "dali" else decoder)
+        self._cache_bytes = 0 if resident is not None and resident.device is not None else cache_bytes
+        self._bad = BadImages()
+        self._reader = self._open()
         self._next = start  # the first sample of the next batch to be prepared
         self._changes = deque(changes)
         self._prefetch = prefetch if workers else 0
         self._queue: deque[Work] = deque()
         self._planned: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque()
-        self._filler = Filler(workers, crop, seed, self.clock)
+        self._filler = (DaliFiller if decoder == "dali" else Filler)(workers, crop, seed, self.clock)
         self._closed = False
 
     @property
     def bad(self) -> BadImages:
         """What could not be read so far: `count`, `names`, `reasons`, `items()`."""
-        return self._reader.bad
+        return self._bad
 
     @property
     def position(self) -> int:
@@ -122,6 +131,15 @@ class Loader:
         """Time the consumer spent blocked in next(), in all."""
         return self.clock.seconds["wait"]
 
+    def resize(self, workers: int) -> None:
+        """Another number of threads, for the batches that are begun from now on. A loader without threads, or one that
+        is closed, stays as it is. Raises UserError for fewer than 1."""
+        if workers < 1:
+            fail("loader", "workers", workers, "at least 1", "no threads are for loaders made so")
+        if self.workers and not self._closed and workers != self.workers:
+            self._filler.resize(workers)
+            self.workers = workers
+
     def close(self) -> None:
         """End the threads; what they were preparing is dropped. May be called twice."""
         self._closed = True
@@ -141,8 +159,12 @@ class Loader:
             self._planned.clear()
             if size != self.size:
                 # a JPEG may be decoded at a reduced size that depends on the crop's, so decoded images are not shared
-                self.size, side = size, min_decoded_side(size, self.crop)
-                self._reader = Reader(self.source, self._decoder, side, self._cache_bytes, self._reader.bad)
+                self.size = size
+                self._reader = self._open()
+
+    def _open(self) -> Reader:
+        side = min_decoded_side(self.size, self.crop)
+        return Reader(self.source, self._decoder, side, self._cache_bytes, self._bad, self._resident)
 
     def _rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epochs, ids and random words of the next batch, which are worked out for several batches at once."""
@@ -180,7 +202,8 @@ def load_all(source: Source, size: int, workers: int = 0, bad: BadImages | None 
     img = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
 
     def fill(i: int) -> bool:
-        image = reader.pixels(i, Tally())
+        found = reader.image(i, Tally())
+        image = None if found is None else found.pixels
         if image is not None:
             left, top, width, height = centre_box(image.shape[1], image.shape[0])
             box = np.array([[top, left, height, width]], np.int32)

@@ -1,7 +1,8 @@
 """Where images come from: a folder tree, tar shards, arrays, a mimfast store, or a set that the demo extra brings.
 
 A source is anything with the five members of `Source`. Image i is a sample id: it does not change within a run. A
-source whose images need no decoder also has `pixels(i)`, see `pixels_at`.
+source whose images need no decoder also has `pixels(i)`, see `pixels_at`; one that knows the sizes of its images before
+they are read also has `shapes(min_side)`, see `shapes_of`.
 """
 
 import hashlib
@@ -111,12 +112,24 @@ class Subset:
         """As `pixels_at` of the source."""
         return pixels_at(self.source, int(self.indices[i]))
 
+    def shapes(self, min_side: int | None = None) -> np.ndarray | None:
+        """As `shapes_of` the source."""
+        shapes = shapes_of(self.source, min_side)
+        return None if shapes is None else shapes[self.indices]
+
 
 def pixels_at(source: Source, i: int) -> np.ndarray | None:
     """uint8 (H, W, 3) of image i, often a read-only view, from a source that keeps pixels; None from any other: `read`
     and decode. Raises OSError."""
     pixels = getattr(source, "pixels", None)
     return None if pixels is None else pixels(i)
+
+
+def shapes_of(source: Source, min_side: int | None = None) -> np.ndarray | None:
+    """int32 (N, 2), height and width of every image as it is decoded with `min_side` (see `decode.decode`), before any
+    is read; None from a source that does not know them."""
+    shapes = getattr(source, "shapes", None)
+    return None if shapes is None else shapes(min_side)
 
 
 def open_source(spec: str) -> Source:

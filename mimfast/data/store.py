@@ -16,6 +16,7 @@ import numpy as np
 from mimfast._check import UserError
 from mimfast.data import columns as _columns
 from mimfast.data.crc32c import crc32c, is_fast
+from mimfast.data.decode import reduced_shapes
 from mimfast.data.paths import STORE_INDEX, kind_of
 from mimfast.data.pixels import ppm
 
@@ -104,6 +105,11 @@ class Store:
     def pixels(self, i: int) -> np.ndarray | None:
         """uint8 (H, W, 3), a read-only view of the mapped file; None in a store of JPEG records. Raises OSError."""
         return self.record(i).reshape(int(self.heights[i]), int(self.widths[i]), 3) if self.is_raw else None
+
+    def shapes(self, min_side: int | None = None) -> np.ndarray:
+        """int32 (N, 2), height and width of every image, those of JPEG records as decoded with `min_side`."""
+        shapes = np.stack([self.heights, self.widths], 1)
+        return shapes if self.is_raw else reduced_shapes(shapes, min_side)
 
     def will_need(self, ids: np.ndarray) -> None:
         """Ask the system to read these records from disk now, without waiting for them. ids: int64 (n,)."""

@@ -4,6 +4,7 @@ Each op is one file with the name of its function. The functions are bound here,
 `mimfast.ops.<op>` would otherwise leave the *module* under the name of the function.
 """
 
+from mimfast.ops.crop_gather import crop_gather
 from mimfast.ops.crop_resize import crop_resize
 from mimfast.ops.group_plan import group_plan
 from mimfast.ops.hog import hog
@@ -22,6 +23,7 @@ from mimfast.ops.window_attention import window_attention
 from mimfast.ops.window_attention_v2 import window_attention_v2
 
 __all__ = [
+    "crop_gather",
     "crop_resize",
     "group_plan",
     "hog",

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mimfast import _native
 from mimfast._check import check_dtype, check_same_device, check_shape, fail
 from mimfast.ops._choice import why_not_on
 
@@ -20,6 +19,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IDS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 Side = int | tuple[int, int]
 TOKENS, HEADS, WIDE_TILE = 256, (16, 64), {2: 8192, 4: 4096}  # what kernels/window_attention.py takes
+GRID = 65535  # windows times heads of an image that torch's CUDA kernel takes
+TOKENS_CUDA, CHUNK = 64, 8  # csrc/window_attention.cu: tokens of a window, values that move at once
 
 
 class Layout(NamedTuple):
@@ -103,7 +104,7 @@ def check_call(
     if group is not None:
         check_dtype(op, "group", group, IDS, "it holds the id of each token's group")
         shape = (H, W) if group.ndim == 2 else (B, H, W)
-        reason = f"it is one id for each of the {H} x {W} tokens, for the whole batch or for each of {B} images"
+        reason = f"it is one id for each of the {H} x {W} tokens, for the whole batch or for each image"
         check_shape(op, "group", group, shape, reason)
         check_same_device(op, qkv=qkv, group=group)
 
@@ -133,6 +134,11 @@ def ids_of(group: Tensor) -> Tensor:
 
 def why_not(qkv: Tensor, window: tuple[int, int], heads: int, impl: str) -> str | None:
     """Why `impl` cannot take this call of either version; None when it can."""
+    if impl == "sdpa":
+        wide = -(-qkv.shape[1] // window[0]) * -(-qkv.shape[2] // window[1]) * heads
+        if qkv.is_cuda and wide > GRID:
+            return f"torch's kernel takes up to {GRID} windows times heads of an image, and these are {wide}"
+        return why_not_on(impl, qkv.device.type)
     if qkv.dtype == torch.float64:
         return "the kernel computes in float32 and was given float64"
     if impl == "triton":
@@ -148,45 +154,26 @@ def why_not(qkv: Tensor, window: tuple[int, int], heads: int, impl: str) -> str 
             return f"{n} tokens x {d} values pad to {tile}, and {kind} keys beyond {most} do not fit on chip"
         if H * W * E >= 2**31:
             return f"the kernel counts the values of an image in 32 bits, and {H} x {W} x {E} do not fit"
+    if impl == "cuda":
+        reason = _why_not_cuda(qkv, window, heads)
+        if reason is not None:
+            return reason
     return why_not_on(impl, qkv.device.type)
 
 
-def run_cpu(
-    qkv: Tensor, table: Tensor | None, qkv_bias: Tensor | None, group: Tensor | None, window: list[int],
-    shift: list[int], heads: int, scale: float, pad: str, mask_value: float, *, head_scale: Tensor | None = None,
-    grad: Tensor | None = None, lanes: int = 16, **outputs: Tensor,
-) -> None:  # fmt: skip
-    """Run the native code, which fills the `outputs`: out; or d_qkv, d_table, d_bias, d_head_scale, where not empty.
-
-    On vectors of at most `lanes` floats.
-    """
-    core = _native.core()
-    assert core is not None  # or `resolve` would have refused
-    if qkv.dtype == torch.float16:  # the native code has float32 and bfloat16
-        halves = {name: outputs[name] for name in ("out", "d_qkv") if name in outputs}
-        outputs |= {name: torch.empty_like(half, dtype=torch.float32) for name, half in halves.items()}
-    else:
-        halves = {}
-    dtype = torch.float32 if halves else qkv.dtype
-    qkv, grad = _rows_dense(qkv.to(dtype)), None if grad is None else _rows_dense(grad.to(dtype))
-    table, qkv_bias, head_scale = (None if x is None else x.float().contiguous() for x in (table, qkv_bias, head_scale))
-    inputs = {"table": table, "qkv_bias": qkv_bias, "head_scale": head_scale, "group": group, "grad": grad}
-    filled = {name: outputs.get(name) for name in ("out", "d_qkv", "d_table", "d_bias", "d_head_scale")}
-    call = core.WindowAttention(
-        qkv=qkv.data_ptr(), bf16=dtype == torch.bfloat16, qkv_stride=qkv.stride()[:3],
-        group_stride=0 if group is None or len(group) == 1 else group.stride(0),
-        batch=qkv.shape[0], rows=qkv.shape[1], cols=qkv.shape[2],
-        heads=heads, head=qkv.shape[3] // (3 * heads), window=window, shift=shift, roll_first=pad == PADS[1],
-        scale=scale, mask=mask_value, grad_stride=(0, 0, 0) if grad is None else grad.stride()[:3],
-        **{name: 0 if x is None or not x.numel() else x.data_ptr() for name, x in (inputs | filled).items()},
-    )  # fmt: skip
-    core.window_attention_cpu(call, torch.get_num_threads(), lanes)
-    for name, half in halves.items():
-        half.copy_(outputs[name])
-
-
-def _rows_dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _why_not_cuda(qkv: Tensor, window: tuple[int, int], heads: int) -> str | None:
+    (_, H, W, E), n = qkv.shape, window[0] * window[1]
+    d = E // (3 * heads)
+    if qkv.dtype not in (torch.bfloat16, torch.float16):
+        return "the kernel multiplies bfloat16 and float16 on tensor cores and was given float32"
+    if n > TOKENS_CUDA:
+        return f"the kernel keeps scores in registers, which suits up to {TOKENS_CUDA} tokens, and this window has {n}"
+    if not HEADS[0] <= d <= HEADS[1] or d % CHUNK:
+        wanted = f"{HEADS[0]} to {HEADS[1]} values per head, in whole chunks of {CHUNK}"
+        return f"the kernel takes {wanted}, and {heads * d} / {heads} heads is {d}"
+    if H * W >= 2**31:
+        return f"the kernel counts the tokens of an image in 31 bits, and {H} x {W} do not fit"
+    return None
 
 
 def _by(sides: tuple[int, int]) -> str:

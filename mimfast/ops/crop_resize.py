@@ -67,9 +67,10 @@ def crop_resize(
         UserError: shapes, dtypes or devices that do not fit, or an implementation that cannot take this call; with
             `checked` also a box or an image that is not inside.
     """
-    img = _check(img, boxes, flip, size, filter, offsets, shapes, out)
+    img = check_call("crop_resize", img, boxes, flip, size, filter, offsets, shapes)
+    _check_out(img, boxes, size, out)
     if checked:
-        _check_inside(img, boxes, offsets, shapes)
+        check_inside("crop_resize", img, boxes, offsets, shapes)
     chosen = resolve("crop_resize", impl, IMPLS, partial(_why_not, img.device.type))
     out = img.new_empty(len(boxes), 3, size, size) if out is None else out
     torch.ops.mimfast.crop_resize(img, boxes, flip, filter == "bicubic", offsets, shapes, out, chosen)
@@ -95,10 +96,10 @@ def _round(sums: Tensor) -> Tensor:
     return ((sums + 2.0**14) / 2.0**15).floor().clamp(0, 255)
 
 
-def _check(img, boxes, flip, size, filter, offsets, shapes, out) -> Tensor:
+def check_call(op: str, img, boxes, flip, size, filter, offsets, shapes) -> Tensor:
     """Raise unless the arguments fit; the images as (B, 3, H, W), or the buffer."""
-    op, B = "crop_resize", len(boxes)
-    check_dtype(op, "img", img, (torch.uint8,), "it holds 8-bit pixels and so does the result")
+    B = len(boxes)
+    check_dtype(op, "img", img, (torch.uint8,), "it holds 8-bit pixels")
     check_dtype(op, "boxes", boxes, (torch.int32,), "it holds pixel positions")
     check_shape(op, "boxes", boxes, (None, 4), "a box is top, left, height, width")
     if (offsets is None) != (shapes is None):
@@ -120,14 +121,19 @@ def _check(img, boxes, flip, size, filter, offsets, shapes, out) -> Tensor:
         fail(op, "size", size, f"1 to {MAX_SIDE}", "it is a side in pixels, and cubes of positions are kept in 64 bits")
     if filter not in FILTERS:
         fail(op, "filter", repr(filter), " or ".join(map(repr, FILTERS)), "no other filter is defined")
+    given = {"boxes": boxes, "flip": flip, "offsets": offsets, "shapes": shapes}
+    check_same_device(op, img=img, **{name: t for name, t in given.items() if t is not None})
+    return img
+
+
+def _check_out(img: Tensor, boxes: Tensor, size: int, out: Tensor | None) -> None:
+    op, B = "crop_resize", len(boxes)
     if out is not None:
         check_dtype(op, "out", out, (torch.uint8,), "it receives 8-bit pixels")
         check_shape(op, "out", out, (B, 3, size, size), f"there are {B} boxes and the size is {size}")
+        check_same_device(op, img=img, out=out)
         if not out.is_contiguous():
             fail(op, "out", "gaps between its pixels", "a contiguous tensor", "it is written as one block")
-    given = {"boxes": boxes, "flip": flip, "offsets": offsets, "shapes": shapes, "out": out}
-    check_same_device(op, img=img, **{name: t for name, t in given.items() if t is not None})
-    return img
 
 
 def _channels_first(op: str, img: Tensor, batch: int) -> Tensor:
@@ -143,8 +149,8 @@ def _channels_first(op: str, img: Tensor, batch: int) -> Tensor:
     return img
 
 
-def _check_inside(img: Tensor, boxes: Tensor, offsets: Tensor | None, shapes: Tensor | None) -> None:
-    op = "crop_resize"
+def check_inside(op: str, img: Tensor, boxes: Tensor, offsets: Tensor | None, shapes: Tensor | None) -> None:
+    """Raise on a box or an image that is not inside; waits for the device."""
     sizes = [list(img.shape[2:])] * len(boxes) if shapes is None else shapes.tolist()
     for b, from_byte in enumerate([] if offsets is None else offsets.tolist()):
         H, W = sizes[b]
@@ -198,11 +204,16 @@ def _run(img, boxes, flip, bicubic, offsets, shapes, out, impl):
 def run_native(core, impl, img, boxes, flip, bicubic, offsets, shapes, out) -> None:
     """Fill `out` with mimfast._core, or the emulated core in tests."""
     boxes, flip, offsets, shapes = (None if t is None else t.contiguous() for t in (boxes, flip, offsets, shapes))
+    call = native_call(core, img, boxes, flip, out.shape[2], bicubic, offsets, shapes, out)
+    _masks.launch(core, "crop_resize", impl, call, img.device)
+
+
+def native_call(core, img, boxes, flip, size, bicubic, offsets, shapes, out):
+    """core.CropResize of contiguous tensors, which the caller keeps alive."""
     packed = offsets is not None
-    call = core.CropResize(
+    return core.CropResize(
         img=img.data_ptr(), stride=(0, 0, 0, 0) if packed else img.stride(), height=0 if packed else img.shape[2],
         width=0 if packed else img.shape[3], bytes=img.numel(), offsets=_masks.address(offsets),
         shapes=_masks.address(shapes), batch=len(boxes), boxes=boxes.data_ptr(), flip=_masks.address(flip),
-        size=out.shape[2], bicubic=bicubic, out=out.data_ptr(),
+        size=size, bicubic=bicubic, out=_masks.address(out),
     )  # fmt: skip
-    _masks.launch(core, "crop_resize", impl, call, img.device)

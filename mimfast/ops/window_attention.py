@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mimfast import _native
 from mimfast.ops._choice import Impl, resolve
 from mimfast.ops._windows import (
     Side,
@@ -22,11 +23,12 @@ from mimfast.ops._windows import (
     layout,
     pair,
     pair_index,
-    run_cpu,
     why_not,
 )
+from mimfast.ops._windows_native import run_cpu, run_cuda
+from mimfast.ops._windows_sdpa import attend
 
-IMPLS = ("triton", "cpu", "ref")
+IMPLS = ("cuda", "triton", "cpu", "sdpa", "ref")
 
 
 def window_attention_ref(
@@ -61,8 +63,8 @@ def window_attention(
     """Attend inside the windows of a map; reads a fused qkv projection in image order, writes in image order.
 
     Args:
-        qkv: (B, H, W, 3C). float32, bfloat16 or float16 (float64 runs `ref`). The last dimension is [q | k | v], each
-            [heads, d]. Any strides; a last dimension that is not dense is copied once.
+        qkv: (B, H, W, 3C). float32, bfloat16 or float16 (float64 runs `sdpa` and `ref`). The last dimension is
+            [q | k | v], each [heads, d]. Any strides; a last dimension that is not dense is copied once.
         table: ((2 wh - 1) * (2 ww - 1), heads), bias of each offset, row (dy + wh - 1) * (2 ww - 1) + dx + ww - 1 for
             a query dy below and dx right of its key; or None. Any floating dtype.
         window: sides in tokens, (wh, ww) or one number for both.
@@ -79,10 +81,10 @@ def window_attention(
             Padding is seen by every group.
         mask_value: added to the score of a pair that only the roll brought together, 0 or less; float("-inf") allowed.
         checked: read the group ids back and raise on a bad one; waits for the device, and is not for torch.compile.
-        impl: "auto", or one of IMPLS, which then runs or raises.
+        impl: "auto", or one of IMPLS, which then runs or raises. "sdpa" is torch's own attention over gathered windows.
     Returns:
         (B, H, W, C) in the dtype of qkv, heads merged, contiguous; autocast does not change it. Gradients of qkv, table
-        and qkv_bias are accumulated in float32 in a fixed order.
+        and qkv_bias are accumulated in float32 in a fixed order; for "sdpa" see mimfast/ops/_windows_sdpa.py.
     Raises:
         UserError: shapes, dtypes or devices that do not fit, or an implementation that cannot take this call; with
             `checked` also a group id out of range.
@@ -95,9 +97,10 @@ def window_attention(
         check_ids(op, group)
     chosen = resolve(op, impl, IMPLS, partial(why_not, qkv, window, heads))
     scale = (qkv.shape[-1] // (3 * heads)) ** -0.5 if scale is None else float(scale)
-    if chosen == "ref":
+    if chosen in ("ref", "sdpa"):
+        by_torch = attend if chosen == "sdpa" and len(qkv) else window_attention_ref  # it forgets the bias of no image
         with torch.autocast(qkv.device.type, enabled=False):  # a product in fewer bits is not this op
-            return window_attention_ref(
+            return by_torch(
                 qkv, table, window, shift, heads, scale=scale, pad=pad, qkv_bias=qkv_bias, group=group,
                 mask_value=mask_value,
             )  # fmt: skip
@@ -123,7 +126,7 @@ def _fwd(*args):
 
         return window_attention_fwd(*args[:-1])
     out = _fwd_fake(*args)
-    run_cpu(*args[:-1], out=out)
+    _run_native(*args, out=out)
     return out
 
 
@@ -134,8 +137,15 @@ def _bwd(grad, *args):
 
         return window_attention_bwd(grad, *args[:-1])[:3]
     d_qkv, d_table, d_bias = _bwd_fake(grad, *args)
-    run_cpu(*args[:-1], grad=grad, d_qkv=d_qkv, d_table=d_table, d_bias=d_bias)
+    _run_native(*args, grad=grad, d_qkv=d_qkv, d_table=d_table, d_bias=d_bias)
     return d_qkv, d_table, d_bias
+
+
+def _run_native(*args, **tensors):
+    if args[-1] == "cuda":
+        run_cuda(_native.core(), *args[:-1], **tensors)
+    else:
+        run_cpu(*args[:-1], **tensors)
 
 
 @torch.library.register_fake("mimfast::window_attention_fwd")

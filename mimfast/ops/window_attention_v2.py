@@ -8,6 +8,7 @@ B images, H W map in tokens, C width, E = 3C packed as [3, heads, d], h heads
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,10 +17,12 @@ from torch.autograd.function import once_differentiable
 
 from mimfast._check import check_dtype, check_same_device, fail
 from mimfast.ops._choice import Impl, resolve
-from mimfast.ops._windows import FLOATS, Side, check_call, check_ids, check_table, ids_of, pair, run_cpu, why_not
+from mimfast.ops._windows import FLOATS, Side, check_call, check_ids, check_table, ids_of, pair, why_not
+from mimfast.ops._windows_native import run_cpu
+from mimfast.ops._windows_sdpa import attend
 from mimfast.ops.window_attention import window_attention_ref
 
-IMPLS = ("triton", "cpu", "ref")
+IMPLS = ("triton", "cpu", "sdpa", "ref")
 LARGEST = math.log(100.0)  # of logit_scale
 SMALLEST = 1e-12  # of a norm
 
@@ -27,6 +30,7 @@ SMALLEST = 1e-12  # of a norm
 def window_attention_v2_ref(
     qkv: Tensor, table: Tensor | None, logit_scale: Tensor, window: Side, shift: Side, heads: int, *,
     pad: str | None = None, qkv_bias: Tensor | None = None, group: Tensor | None = None, mask_value: float = -100.0,
+    attention: Callable[..., Tensor] = window_attention_ref,
 ) -> Tensor:  # fmt: skip
     wide = torch.promote_types(qkv.dtype, torch.float32)
     factor_h1 = logit_scale.to(wide).flatten().clamp(max=LARGEST).exp()[:, None]
@@ -41,7 +45,7 @@ def window_attention_v2_ref(
         return torch.stack([unit(q) * factor_h1, unit(k), v], -3).flatten(-3)
 
     bias = None if qkv_bias is None else scaled(qkv_bias)
-    out = window_attention_ref(
+    out = attention(
         scaled(qkv), table, window, shift, heads, scale=1.0, pad=pad, qkv_bias=bias, group=group, mask_value=mask_value
     )
     return out.to(qkv.dtype)
@@ -63,10 +67,12 @@ def window_attention_v2(
             gradient above. Any floating dtype.
         window: as in window_attention, and so are `shift`, `heads`, `pad`, `group`, `mask_value`, `checked`.
         qkv_bias: (3C), [q bias | 0 | v bias] in Swin V2.
-        impl: "auto", or one of IMPLS, which then runs or raises.
+        impl: "auto", or one of IMPLS, which then runs or raises. "sdpa" is torch's own attention over gathered windows,
+            in float32 whatever qkv is, because torch takes q, k and bias in one dtype and a half type blurs the scores.
     Returns:
         (B, H, W, C) in the dtype of qkv, heads merged, contiguous; autocast does not change it. Gradients of qkv,
-        table, logit_scale and qkv_bias are accumulated in float32 in a fixed order.
+        table, logit_scale and qkv_bias are accumulated in float32 in a fixed order; for "sdpa" see
+        mimfast/ops/_windows_sdpa.py.
     Raises:
         UserError: shapes, dtypes or devices that do not fit, or an implementation that cannot take this call; with
             `checked` also a group id out of range.
@@ -84,10 +90,10 @@ def window_attention_v2(
         check_ids(op, group)
     chosen = resolve(op, impl, IMPLS, partial(why_not, qkv, window, heads))
     with torch.autocast(qkv.device.type, enabled=False):  # a product in fewer bits is not this op
-        if chosen == "ref":
+        if chosen in ("ref", "sdpa"):
             return window_attention_v2_ref(
                 qkv, table, logit_scale, window, shift, heads, pad=pad, qkv_bias=qkv_bias, group=group,
-                mask_value=mask_value,
+                mask_value=mask_value, attention=attend if chosen == "sdpa" and len(qkv) else window_attention_ref,
             )  # fmt: skip
         factor = logit_scale.float().flatten().clamp(max=LARGEST).exp()  # the parameter is clamped, not the factor
     config = ([*window], [*shift], heads, pad or "pad_then_roll", float(mask_value), chosen)

@@ -89,14 +89,24 @@ class Data:
     """Filter that brings the crops to their size."""
     recolour: float = 0.0
     """Strength of random colour changes, 0 to 1, for sets of few images; 0: none."""
-    decoder: Literal["auto", "pillow", "torchcodec", "nvimagecodec"] = "auto"
+    decoder: Literal["auto", "pillow", "torchcodec", "nvimagecodec", "dali"] = "auto"
     """What decodes image files; auto: what measures fastest here. Stores of pixels need none."""
     repeat: int = 1
     """Views of each image in a batch, each with a crop and a mask of its own; the image is read and decoded once for
     them, and an epoch has as many samples as ever, so fewer images.
     """
+    cache: Literal["none", "host", "gpu"] = "none"
+    """Keep decoded images in the memory of the machine or of each GPU from the first epoch on. The batches stay the
+    same. A run whose images do not fit says so at once.
+    """
+    cache_side: int | None = None
+    """Take crops out of copies of the images that are squeezed to squares of this side in pixels, so that a cache takes
+    3 * cache_side**2 bytes an image; none: out of the images.
+    """
     workers: int | None = None
-    """Loader threads; none: by the hardware; 0: load between the steps. The batches are the same for any number."""
+    """Loader threads; none: one for each core, on a CPU as few as keep up with the steps; 0: load between the steps.
+    The batches are the same for any number.
+    """
 
 
 @dataclass(frozen=True)

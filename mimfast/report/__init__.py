@@ -106,7 +106,8 @@ def conclude(facts: Facts, method: Any, train: Source, held_out: Source, device:
             f"{len(facts.bad)} images could not be read and were replaced, such as {facts.bad[0][0]!r} "
             f"({facts.bad[0][1]})"
         )
-    screen.say(f"\n{facts.steps} steps in {clock(facts.seconds)}; everything is in {out}, open {out / 'report.html'}")
+    screen.say(f"\n{page.who_waited(lines) or 'data: no step was logged'}")
+    screen.say(f"{facts.steps} steps in {clock(facts.seconds)}; everything is in {out}, open {out / 'report.html'}")
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,9 @@ def render(
         f"{facts.train_images} images, {facts.held_out_images} more held out.</p>",
         _numbers(facts, lines),
     ]
+    waited = who_waited(lines)
+    if waited is not None:
+        parts.append(f"<p>{_text(waited)}</p>")
     for table in tables:
         parts += [f"<h2>{_text(table.title)}</h2>", _table(table.head, table.rows, "first")]
         parts += [f"<p>{_text(note)}</p>" for note in table.notes]
@@ -92,6 +95,23 @@ def render(
         f"<title>{_text(recipe.run.name)} - mimfast</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def who_waited(lines: list[dict[str, Any]]) -> str | None:
+    """One sentence: how long the step waited for images, and what the loader did. lines: of metrics.jsonl."""
+    lines = lines[1:] or lines  # the first interval holds the start-up
+    if not lines:
+        return None
+    waited = 100 * sum(line["data_wait"] for line in lines) / len(lines)
+    text = f"data: the step waited {waited:.1f} % of the time"
+    stages = {"reading": "data_read_s", "decoding": "data_decode_s", "cropping": "data_crop_s"}
+    spent = {name: sum(line.get(key, 0.0) for line in lines) for name, key in stages.items()}
+    whole = sum(spent.values())
+    if not whole:
+        return text
+    order = sorted(spent, key=lambda name: -spent[name])
+    told = ", ".join(f"{100 * spent[name] / whole:.0f} % {name}" for name in order if spent[name] >= 0.005 * whole)
+    return f"{text}; the loader spent {told}"
 
 
 def _numbers(facts: "Facts", lines: list[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mimfast._check import UserError
 from mimfast.testing import Error, compare
 from mimfast.testing.racing import Times, as_graph, race
 from mimfast.testing.record import machine, write_record
@@ -56,8 +57,14 @@ def run_case(bench: Bench, case: Any, device: str, rounds: int) -> list[dict[str
     torch._dynamo.reset()  # or the compiled contestants fall back to eager after some shapes
     args = bench.make(case, device)
     fns = bench.contestants(device)
-    errors = {name: compare(fn, bench.ref, args) for name, fn in fns.items()}
     print(f"\n{case}\n{HEAD}")
+    errors = {}
+    for name, fn in fns.items():
+        try:
+            errors[name] = compare(fn, bench.ref, args)
+        except UserError as refusal:
+            print(f"{name}: refused: {refusal}")
+    fns = {name: fns[name] for name in errors}
     rows = []
     for with_gradient in (False, True):
         calls = {name: _call(fn, args, with_gradient) for name, fn in fns.items() if _right(errors[name])}

@@ -1,17 +1,24 @@
-"""The native core with its CUDA kernels run on the CPU: csrc compiled by g++ through csrc/emulate.h, once per process.
+"""The native core with its CUDA kernels run on the CPU: csrc compiled by g++ through csrc/emulate.h.
 
 `core()` has the functions of mimfast._core; those that end in _cuda take addresses in CPU memory and ignore the stream.
+Objects are kept in the cache folder, each under a hash of its source, the headers it includes and the command.
 """
 
-import atexit
+import hashlib
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+
+from mimfast.data.cpu import default_workers
+from mimfast.data.index import cache_root
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
@@ -29,16 +36,18 @@ def why_not() -> str | None:
 
 @cache
 def core() -> ModuleType:
-    """Compile (about ten seconds) and load. CalledProcessError below the compiler's words when csrc is broken."""
-    folder = tempfile.mkdtemp(prefix="mimfast-emulated-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    target = Path(folder) / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
-    include = [f"-I{_pybind11()}", f"-I{sysconfig.get_paths()['include']}"]
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-pthread"]
-    define = ["-fvisibility=hidden", "-DMIMFAST_CUDA", '-DMIMFAST_CUDA_ARCHS="emulated"']
-    host = sorted(str(path) for path in CSRC.glob("*.cpp"))
-    device = sorted(str(path) for path in CSRC.glob("*.cu"))
-    subprocess.run(["g++", *flags, *define, *include, "-o", str(target), *host, "-x", "c++", *device], check=True)
+    """Compile what has changed and load. CalledProcessError below the compiler's words when csrc is broken."""
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-pthread"]
+    flags += ["-fvisibility=hidden", "-DMIMFAST_CUDA", '-DMIMFAST_CUDA_ARCHS="emulated"']
+    flags += [f"-I{_pybind11()}", f"-I{sysconfig.get_paths()['include']}"]
+    version = subprocess.run(["g++", "--version"], check=True, capture_output=True, text=True).stdout
+    sources = sorted(path for path in CSRC.iterdir() if path.suffix in (".cpp", ".cu"))
+    with ThreadPoolExecutor(default_workers()) as pool:
+        objects = list(pool.map(lambda path: _compiled(path, flags, version), sources))
+    target = _kept(
+        "\n".join([*map(str, objects), version]).encode(), f"_core{sysconfig.get_config_var('EXT_SUFFIX')}",
+        ["g++", "-shared", "-pthread", *map(str, objects)],
+    )  # fmt: skip
     # a package name of its own: pybind11 keeps one module per full name
     spec = importlib.util.spec_from_file_location("mimfast_emulated._core", target)
     assert spec is not None
@@ -46,6 +55,32 @@ def core() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _compiled(path: Path, flags: list[str], version: str) -> Path:
+    """The object file of a source."""
+    key = b"\0".join([" ".join([version, *flags]).encode(), *(part.read_bytes() for part in _included(path))])
+    return _kept(key, f"{path.name}.o", ["g++", *flags, "-c", "-x", "c++", str(path)])
+
+
+def _included(path: Path) -> list[Path]:
+    """A file of csrc and what it includes from there, directly or not."""
+    found = [path]
+    for part in found:
+        names = re.findall(r'^\s*#\s*include "(.*)"', part.read_text(), re.MULTILINE)
+        found += [CSRC / name for name in dict.fromkeys(names) if CSRC / name not in found]
+    return found
+
+
+def _kept(key: bytes, name: str, command: list[str]) -> Path:
+    """What `command -o FILE` makes, from the cache when it is there."""
+    folder = cache_root() / "emulated" / hashlib.sha256(key).hexdigest()[:32]
+    if not (folder / name).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as draft:  # another process may be making the same
+            subprocess.run([*command, "-o", os.path.join(draft, name)], check=True)
+            os.replace(os.path.join(draft, name), folder / name)
+    return folder / name
 
 
 def _pybind11() -> Path | None:

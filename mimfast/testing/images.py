@@ -42,6 +42,15 @@ def noise(width: int = WIDTH, height: int = HEIGHT, seed: int = 0) -> np.ndarray
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
+def smooth(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """uint8 (height, width, 3) with detail of all sizes, as in a photograph, which codecs keep."""
+    pixels = np.zeros((height, width, 3), np.float32)
+    for side in (3, 8, 24, 80):
+        rough = Image.fromarray(noise(side, side, seed * 7 + side))
+        pixels += np.asarray(rough.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 4
+    return pixels.astype(np.uint8)
+
+
 def encode(pixels: np.ndarray | Image.Image, kind: str, **options: object) -> bytes:
     """An image file of a Pillow format name."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)

@@ -55,7 +55,26 @@ CASES += [
     Case(2, 4, 8, 1, 16, 4, 2, groups=2), Case(2, 7, 7, 1, 32, 7, 3, groups=3, shared=True),
     Case(1, 5, 6, 1, 16, 4, 1, pad=FIRST, groups=2, bias=True), Case(1, 8, 4, 1, 32, 4, 2, "fp16", groups=2),
 ]  # fmt: skip
-CASES += [Case(2, 2, 4, 1, 24, 2, 1, layout=name) for name in ("sliced", "offset", "strided", "turned", "expanded")]
+LAYOUTS = ("sliced", "offset", "strided", "turned", "expanded")
+CASES += [Case(2, 2, 4, 1, 24, 2, 1, layout=name) for name in LAYOUTS]
+# what csrc/window_attention.cu takes: sizes on both sides of the ends of its tiles, odd numbers of heads and images
+HALF = [
+    Case(3, 7, 14, 3, 32, 7, 3, "bf16"), Case(1, 14, 7, 2, 32, 7, 0, "fp16"), Case(1, 8, 16, 3, 32, 8, 4, "fp16"),
+    Case(2, 4, 8, 3, 32, 4, 2, "bf16"), Case(1, 10, 5, 2, 32, 5, 2, "fp16"), Case(1, 6, 12, 1, 32, 6, 3, "bf16"),
+    Case(2, 16, 8, 3, 16, 8, 4, "bf16"), Case(1, 7, 7, 2, 16, 7, 3, "fp16"), Case(1, 14, 7, 3, 24, 7, 3, "bf16"),
+    Case(1, 8, 8, 1, 24, 4, 2, "fp16"), Case(1, 8, 16, 2, 48, 8, 4, "bf16"), Case(2, 7, 7, 3, 48, 7, 3, "fp16"),
+    Case(1, 16, 8, 2, 64, 8, 4, "fp16"), Case(3, 7, 7, 1, 64, 7, 0, "bf16"), Case(1, 8, 8, 1, 40, 4, 0, "bf16"),
+    Case(1, 6, 10, 2, 32, (3, 5), (1, 2), "bf16"), Case(2, 1, 50, 1, 32, (1, 50), (0, 7), "bf16"),
+    Case(1, 16, 8, 2, 32, (16, 4), (8, 0), "fp16"), Case(1, 2, 3, 1, 32, 1, 0, "bf16"),
+    Case(1, 17, 1, 1, 16, (17, 1), (3, 0), "fp16"), Case(1, 7, 14, 2, 32, 7, 3, "bf16", table="none"),
+    Case(1, 7, 14, 2, 32, 7, 3, "bf16", table="bf16"),
+    *(Case(2, 9, 6, 3, 32, 7, 3, "bf16", pad=pad, bias=True) for pad in (FIRST, LAST)),
+    Case(1, 5, 6, 1, 32, 7, 3, "fp16", FIRST, bias=True), Case(1, 6, 9, 2, 16, 4, 2, "fp16", LAST),
+    Case(1, 5, 9, 1, 64, 8, 4, "bf16", FIRST, bias=True), Case(3, 7, 14, 2, 32, 7, 3, "bf16", groups=2),
+    Case(2, 7, 7, 3, 24, 7, 3, "fp16", groups=3, shared=True),
+    Case(2, 5, 6, 2, 32, 4, 1, "bf16", FIRST, groups=2, bias=True),
+    *(Case(2, 4, 8, 1, 24, 4, 1, "bf16", layout=name) for name in LAYOUTS),
+]  # fmt: skip
 # too slow interpreted, or too large for the kernel
 BIG = [
     Case(1, 24, 24, 1, 32, 24), Case(1, 16, 16, 1, 16, 16), Case(2, 14, 21, 3, 32, 7, 3),
@@ -86,18 +105,18 @@ def make(case: Case, device: str = "cpu") -> dict[str, Any]:
 
 
 def _qkv(shape: tuple[int, ...], case: Case) -> Tensor:
-    B, H, W, E = shape
+    (B, H, W, E), kind = shape, DTYPES[case.dtype]
     if case.layout == "strided":
-        return torch.randn(B, E, H, W).permute(0, 2, 3, 1)
+        return torch.randn(B, E, H, W).to(kind).permute(0, 2, 3, 1)
     if case.layout == "sliced":
-        return torch.randn(B, H + 1, W + 2, E + 5)[:, 1:, :-2, 2:-3]
+        return torch.randn(B, H + 1, W + 2, E + 5).to(kind)[:, 1:, :-2, 2:-3]
     if case.layout == "offset":
-        return torch.randn(1 + B * H * W * E)[1:].view(shape)
+        return torch.randn(1 + B * H * W * E).to(kind)[1:].view(shape)
     if case.layout == "turned":
-        return torch.randn(B, W, H, E).transpose(1, 2)
+        return torch.randn(B, W, H, E).to(kind).transpose(1, 2)
     if case.layout == "expanded":
-        return torch.randn(1, H, W, E).expand(shape)
-    return torch.randn(shape).to(DTYPES[case.dtype])
+        return torch.randn(1, H, W, E).to(kind).expand(shape)
+    return torch.randn(shape).to(kind)
 
 
 def eager(

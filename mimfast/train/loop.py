@@ -18,7 +18,9 @@ from mimfast import recipes, report, settings
 from mimfast._check import UserError
 from mimfast._weights import write_atomically
 from mimfast.data.cpu import default_workers, usable_cpus
+from mimfast.data.crop import min_decoded_side
 from mimfast.data.loader import Batch, Change, Loader
+from mimfast.data.resident import Resident, open_resident
 from mimfast.data.sources import Source, open_source, split
 from mimfast.recipes import Recipe
 from mimfast.train import checkpoint, folder, parallel
@@ -32,6 +34,8 @@ from mimfast.train.stop import Stop
 
 # steps in a row without a finite gradient after which a run gives up
 HOPELESS = 20
+# share of an interval spent waiting for images from which on a loader gets more threads, where there are cores left
+MUCH = 0.05
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def _pretrain(recipe: Recipe, resume: bool, world: parallel.World, screen: Scree
     )
     if recipe.progress.sizes:
         try_sizes(method, course, world.device)
+    resident = _cache(recipe, course, train, world)
     claim, recipe = _claim(recipe, resume, world)
     try:
         out = Path(str(recipe.run.out))
@@ -116,23 +121,28 @@ def _pretrain(recipe: Recipe, resume: bool, world: parallel.World, screen: Scree
             _restore(job)
         if claim is not None:
             claim.mark("running", job.step, job.steps)
-        return _run(job, claim, train, held_out)
+        return _run(job, claim, train, held_out, resident)
     finally:
         if claim is not None:
             claim.release()
 
 
-def _run(job: _Job, claim: folder.Claim | None, train: Source, held_out: Source) -> Outcome:
+def _run(job: _Job, claim: folder.Claim | None, train: Source, held_out: Source, resident: Resident | None) -> Outcome:
     recipe, world = job.recipe, job.world
-    workers = recipe.data.workers if recipe.data.workers is not None else _workers(world)
+    workers = recipe.data.workers
+    if workers is None:  # on a CPU the network needs the cores, and gets all but one until it is the one that waits
+        workers = 1 if world.device.type == "cpu" else _most_workers()
     crop = recipes.crop(recipe)
     first, *later = [Change(s.sample, s.img_size, s.batch_size // world.size) for s in job.course.stages]
     start = job.course.samples(job.step)
     with Loader(
         train, first.size, first.batch_size, recipe.train.seed, start, workers, crop, world.rank, world.size,
         changes=later, decoder=recipe.data.decoder, repeat=recipe.data.repeat, pin=world.device.type == "cuda",
+        resident=resident,
     ) as loader:  # fmt: skip
         _introduce(job, train, held_out)
+        if resident is not None and resident.plan is not None:
+            job.screen.say(resident.plan.sentence)
         with Stop() as stop:
             _loop(job, loader, stop)
         bad = job.bad(loader)
@@ -149,9 +159,16 @@ def _set_threads(spare: int) -> None:
         torch.set_num_threads(max(1, int(usable_cpus()) // parallel.local_size() - spare))
 
 
-def _workers(world: parallel.World) -> int:
-    """Loader threads when the recipe leaves them open: a CPU run needs its cores for the network."""
-    return 1 if world.device.type == "cpu" else max(1, default_workers() // parallel.local_size())
+def _most_workers() -> int:
+    """Loader threads for one process of this machine."""
+    return max(1, default_workers() // parallel.local_size())
+
+
+def _cache(recipe: Recipe, course: Course, train: Source, world: parallel.World) -> Resident | None:
+    """Memory for the images, set aside after the network and before the run folder is claimed."""
+    largest = max(stage.img_size for stage in course.stages)
+    side, data = min_decoded_side(largest, recipes.crop(recipe)), recipe.data
+    return open_resident(train, data.cache, data.cache_side, side, world.device, parallel.local_size(), world.wait)
 
 
 def _open(recipe: Recipe) -> tuple[Source, Source]:
@@ -213,7 +230,7 @@ def _loop(job: _Job, loader: Loader, stop: Stop) -> None:
     params = [p for p in job.method.parameters() if p.requires_grad]
     log = Log(job.folder, recipe.run.tensorboard, job.step) if job.world.first else None
     began, saved = time.monotonic() - job.seconds, time.monotonic()
-    waited = loader.wait_seconds
+    job.meter.watch(loader.clock)
     job.screen.begin(job.step, job.steps)
     stopping = False
     while job.step < job.steps and not stopping:
@@ -232,9 +249,11 @@ def _loop(job: _Job, loader: Loader, stop: Stop) -> None:
         # a single process stops at once; several agree through the sums of a logging interval
         stopping = job.world.size == 1 and stop.signal is not None
         if job.step % train.log_every == 0 or job.step == job.steps:
-            job.meter.wait_s, waited = loader.wait_seconds - waited, loader.wait_seconds
             line = job.meter.flush(_about(job, loader, stage, lr), stop.signal is not None)
             stopping = _show(job, log, line) or stopping
+            # the first interval, before there is a line, holds the start-up
+            if line is not None and job.meter.waited > MUCH and recipe.data.workers is None:
+                loader.resize(min(2 * loader.workers, _most_workers()))
         if _due(job, saved) and not stopping:
             _show(job, log, job.meter.take())
             _commit(job, loader)
@@ -254,7 +273,10 @@ def _lr(job: _Job, stage: Stage) -> float:
 
 def _loss(job: _Job, model: Any, batch: Batch) -> Tensor:
     device = job.world.device
+    began = time.perf_counter()
     img, ids, epochs = (x.to(device, non_blocking=True) for x in (batch.img, batch.sample_ids, batch.epochs))
+    # the time of the host alone: the copy itself goes on while the step is being launched
+    job.meter.clock.add("transfer", time.perf_counter() - began, len(ids))
     seed = job.recipe.train.seed
     img = recolour(img, ids, epochs, seed, job.recipe.data.recolour)
     live = {"img_size": img.shape[-1]} if job.recipe.progress.sizes else {}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimfast.data.clock import StageClock
 from mimfast.train.parallel import World
 
 # what a vector of device numbers holds, in order: sums over the interval, then counters over the run
@@ -32,8 +33,13 @@ class Meter:
         self.sums = torch.zeros(len(_SLOTS), dtype=torch.float64, device=world.device)
         self._waiting: tuple[dict[str, Any], Tensor, torch.cuda.Event | None] | None = None
         self._since = time.perf_counter()
-        self.wait_s = 0.0
         self.images = 0
+        self.waited = 0.0  # share of the interval that ended last
+        self.watch(StageClock())
+
+    def watch(self, clock: StageClock) -> None:
+        """From now on tell with each line where the time of this clock's loader goes."""
+        self.clock, self._spent = clock, clock.snapshot()
 
     def add(self, loss: Tensor, norm: Tensor, skipped: Tensor, images: int) -> None:
         """Count one step: its loss, gradient norm and skip flag (device scalars) and the images of all ranks."""
@@ -56,7 +62,11 @@ class Meter:
         done = self.take()
         now = time.perf_counter()
         took = max(now - self._since, 1e-9)
-        about = {**about, "images_per_second": self.images / took, "data_wait": min(self.wait_s / took, 1.0)}
+        spent = self.clock.snapshot()
+        data = {stage: seconds - self._spent[stage][0] for stage, (seconds, _) in spent.items()}
+        self.waited = min(data.pop("wait") / took, 1.0)
+        about = {**about, "images_per_second": self.images / took, "data_wait": self.waited}
+        about |= {f"data_{stage}_s": round(seconds, 4) for stage, seconds in data.items()}
         self.sums[STOP] = float(stop)
         sums = self.world.sum(self.sums)
         event = None
@@ -68,7 +78,7 @@ class Meter:
             sums = sums.clone()
         self._waiting = (about, sums, event)
         self.sums[:SKIPPED] = 0
-        self._since, self.wait_s, self.images = now, 0.0, 0
+        self._since, self._spent, self.images = now, spent, 0
         return done
 
     def take(self) -> dict[str, Any] | None:

@@ -91,7 +91,8 @@ def test_a_run_without_recipe_says_which_one_it_uses(capsys):
     [
         (
             ["pretrian"],
-            "command has 'pretrian', expected pretrain, prep, export, doctor because no other exists; did you mean pre",
+            "command has 'pretrian', expected pretrain, prep, bench, export, doctor because no other exists; "
+            "did you mean pretrain?",
         ),
         (["pretrain", "mae_photo"], "did you mean mae_photos?"),
         (["pretrain", "--optim.lrr", "3"], "pretrain: --optim.lrr is not an option; did you mean --optim.lr?"),

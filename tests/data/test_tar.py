@@ -222,5 +222,5 @@ def test_the_odd_images_are_counted_and_named(tmp_path):
         next(loader)
         assert {name.split("/")[1] for name in loader.bad.names} <= {c.name for c in cases if c.pixels is None}
         for i, case in enumerate(cases):
-            assert (loader._reader.pixels(i, Tally()) is None) == (case.pixels is None), case.name
+            assert (loader._reader.image(i, Tally()) is None) == (case.pixels is None), case.name
         assert loader.bad.count == sum(case.pixels is None for case in cases)

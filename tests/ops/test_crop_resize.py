@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mimfast import _native
 from mimfast._check import UserError
-from mimfast.ops.crop_resize import IMPLS, MAX_SIDE, _check, _weights, crop_resize, run_native
+from mimfast.ops.crop_resize import IMPLS, MAX_SIDE, _weights, check_call, crop_resize, run_native
 from mimfast.testing import emulated, poisoned, skip_unless
 from mimfast.testing.crop_resize import CASES, Case, make, pillow, smooth, torchvision
 
@@ -22,8 +22,8 @@ def run(impl: str, **args) -> Tensor:
         return crop_resize(**args, impl=impl)
     if emulated.why_not() is not None:
         pytest.skip(emulated.why_not())
-    args = {"offsets": None, "shapes": None, "out": None} | args
-    img = _check(**args)
+    args = {"offsets": None, "shapes": None} | args
+    img = check_call("crop_resize", **args)
     out = torch.full((len(args["boxes"]), 3, args["size"], args["size"]), 77, dtype=torch.uint8)
     bicubic, tensors = args["filter"] == "bicubic", (args["offsets"], args["shapes"])
     run_native(emulated.core(), "cuda", img, args["boxes"], args["flip"], bicubic, *tensors, out)

@@ -280,7 +280,6 @@ def test_contract(case, impl, device):
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_compiles_without_a_graph_break(case, impl, device):
     args = make(case, where(impl, device) if impl != "auto" else device)
-    torch._dynamo.reset()  # or the many closures below count as recompilations of one function
 
     @partial(torch.compile, backend="aot_eager", fullgraph=True)
     def step(pred: Tensor) -> Tensor:

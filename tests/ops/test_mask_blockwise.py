@@ -196,7 +196,6 @@ def test_contract(impl, device):
 @pytest.mark.parametrize("impl", ["auto", "ref", *KERNELS])
 def test_compiles_without_a_graph_break(impl, device):
     skip_unless(impl, device)
-    torch._dynamo.reset()
     compiled = torch.compile(partial(mask_blockwise, impl=impl), backend="aot_eager", fullgraph=True)
     ids = torch.arange(6, device=device) * 2**40
     for kwargs in ({}, {"exact": False, "epoch": ids}, {"exact": False, "frames": 4, "tube": (2, 3)}):

@@ -148,7 +148,6 @@ def test_contract(impl, device):
 @pytest.mark.parametrize("impl", ["auto", "ref", *KERNELS])
 def test_compiles_without_a_graph_break(impl, device):
     skip_unless(impl, device)
-    torch._dynamo.reset()
     compiled = torch.compile(partial(mask_guided, impl=impl), backend="aot_eager", fullgraph=True)
     importance = torch.rand(4, 48, device=device)
     for ratio in (0.75, (0.75, 0.5, 0.25, 0.0)):

@@ -98,7 +98,6 @@ def test_contract(impl, device):
 @pytest.mark.parametrize("impl", ["auto", "ref", *KERNELS])
 def test_compiles_without_a_graph_break(impl, device):
     skip_unless(impl, device)
-    torch._dynamo.reset()
     compiled = torch.compile(partial(mask_pack, impl=impl), backend="aot_eager", fullgraph=True)
     hidden = torch.rand(5, 12, device=device).argsort(1) >= 7
     for kwargs in ({"visible": 7}, {}, {"most_hidden": 5}):

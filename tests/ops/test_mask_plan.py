@@ -211,7 +211,6 @@ def test_contract(impl, device):
 @pytest.mark.parametrize("impl", ["auto", "ref", *KERNELS])
 def test_compiles_without_a_graph_break(impl, device):
     skip_unless(impl, device)
-    torch._dynamo.reset()  # what it remembers of one impl counts against the next one's recompilations
     compiled = torch.compile(partial(mask_plan, impl=impl), backend="aot_eager", fullgraph=True)
     ids = torch.arange(6, device=device) * 2**40
     for kwargs in ({"seed": 3}, {"seed": 2**64 - 1, "epoch": 5}, {"epoch": ids}, {"ratio": (0.7, 0.5, 0.1) * 2}):
@@ -221,7 +220,6 @@ def test_compiles_without_a_graph_break(impl, device):
 
 
 def test_a_new_epoch_does_not_compile_again(device):
-    torch._dynamo.reset()
     frames = []
 
     def count(graph, example_inputs):  # noqa: ARG001

@@ -12,7 +12,9 @@ from mimfast.ops.window_attention import IMPLS, window_attention, window_attenti
 from mimfast.testing import assert_close_to_ref, poisoned, skip_unless
 from mimfast.testing.window_attention import BIG, CASES, Case, eager, make
 
-FUSED = [impl for impl in IMPLS if impl != "ref"]
+WAYS = [impl for impl in IMPLS if impl != "cuda"]  # which takes half types only: test_window_attention_cuda.py
+FUSED = [impl for impl in WAYS if impl != "ref"]
+KERNELS = [impl for impl in FUSED if impl != "sdpa"]  # with operators of their own
 # few windows, for Triton's interpreter
 SMALL = Case(1, 8, 4, 2, 16, 4, 2)
 PADDED = Case(1, 5, 3, 2, 16, 4, 2, pad="pad_then_roll", bias=True)
@@ -29,9 +31,11 @@ def test_value_and_gradient(case, impl, device):
             "too large; or Triton's interpreter, which multiplies the bits of bfloat16 matrices, not their values"
         )
     # half types: torch's own rounding is that of the chain it runs in that type, not that of our float32 reference
-    plain = window_attention_ref if case.dtype == "fp32" else eager
+    plain, args = window_attention_ref if case.dtype == "fp32" else eager, make(case, device)
+    if impl == "sdpa" and case.dtype != "fp32":
+        args["table"].requires_grad_(False)  # judged in test_window_attention_matrix.py
     with poisoned():
-        assert_close_to_ref(partial(window_attention, impl=impl), plain, make(case, device))
+        assert_close_to_ref(partial(window_attention, impl=impl), plain, args)
 
 
 @pytest.mark.parametrize("lanes", [8, 4])
@@ -60,7 +64,7 @@ def test_gradient_of_ref(pad):
     assert torch.autograd.gradcheck(fn, tuple(leaves.values()))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 @pytest.mark.parametrize("case", [SMALL, PADDED, GROUPED], ids=IDS)
 def test_table_gradient_by_finite_differences(case, impl, device):
     skip_unless(impl, device)
@@ -76,7 +80,7 @@ def test_table_gradient_by_finite_differences(case, impl, device):
         assert grad[entry, 1].item() == pytest.approx((up - down) / 2e-5, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 @pytest.mark.parametrize(("size", "shift"), [((14, 7), 3), ((7, 14), 0), ((8, 9), 3)])
 def test_agrees_with_timm(size, shift, impl, device):
     """The attention part of timm's block between two projections that are the identity."""
@@ -101,7 +105,7 @@ def test_agrees_with_timm(size, shift, impl, device):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 @pytest.mark.parametrize("case", [SMALL, PADDED, GROUPED], ids=IDS)
 def test_probabilities_add_up_to_one(case, impl, device):
     skip_unless(impl, device)
@@ -114,7 +118,7 @@ def test_probabilities_add_up_to_one(case, impl, device):
     torch.testing.assert_close(out, torch.ones_like(out))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 def test_bias_gradients_of_a_query_cancel(impl, device):
     """Each row of probabilities keeps its sum, so its gradients, and with them those of a head's table, add up to 0."""
     skip_unless(impl, device)
@@ -123,7 +127,7 @@ def test_bias_gradients_of_a_query_cancel(impl, device):
     torch.testing.assert_close(grad.sum(0), torch.zeros(2, device=device), rtol=0, atol=1e-5 * grad.abs().sum().item())
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 def test_permuting_images_or_windows_permutes_the_result(impl, device):
     skip_unless(impl, device)
     args = make(SMALL._replace(batch=3, heads=1, shift=0), device)
@@ -135,7 +139,7 @@ def test_permuting_images_or_windows_permutes_the_result(impl, device):
     torch.testing.assert_close(got_grads[1], want_grads[1])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 def test_without_a_mask_shift_is_a_roll_of_the_map(impl, device):
     skip_unless(impl, device)
     args = make(SMALL, device) | {"mask_value": 0.0}
@@ -144,7 +148,7 @@ def test_without_a_mask_shift_is_a_roll_of_the_map(impl, device):
     torch.testing.assert_close(window_attention(**args, impl=impl), want)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 def test_an_infinite_mask_keeps_the_far_edges_apart(impl, device):
     skip_unless(impl, device)
     args = make(SMALL, device) | {"mask_value": float("-inf")}
@@ -154,7 +158,7 @@ def test_an_infinite_mask_keeps_the_far_edges_apart(impl, device):
     assert not grad[:, 2:].any()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 def test_minus_100_is_not_infinite(impl, device):
     skip_unless(impl, device)
     args = make(Case(1, 4, 4, 1, 16, 4, 2), device)
@@ -169,7 +173,7 @@ def test_minus_100_is_not_infinite(impl, device):
     assert (got - apart).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 def test_groups_do_not_see_each_other(impl, device):
     skip_unless(impl, device)
     args = make(GROUPED, device)
@@ -182,7 +186,7 @@ def test_groups_do_not_see_each_other(impl, device):
     assert not torch.equal(got[second], want[second])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 def test_one_group_is_no_group_and_names_do_not_matter(impl, device):
     skip_unless(impl, device)
     args = make(PADDED, device)
@@ -196,7 +200,7 @@ def test_one_group_is_no_group_and_names_do_not_matter(impl, device):
             torch.testing.assert_close(g, w)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 def test_padding_is_tokens_of_the_bias(impl, device):
     skip_unless(impl, device)
     args = make(PADDED, device)
@@ -250,7 +254,7 @@ def test_gradient_of_any_layout(impl, device):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 def test_no_image_at_all(impl, device):
     skip_unless(impl, device)
     out, grads = _run(make(SMALL._replace(batch=0), device), impl)
@@ -258,7 +262,7 @@ def test_no_image_at_all(impl, device):
     assert not grads[1].any()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 def test_scale_and_one_token(impl, device):
     skip_unless(impl, device)
     args = make(SMALL, device)
@@ -268,7 +272,7 @@ def test_scale_and_one_token(impl, device):
     torch.testing.assert_close(window_attention(**single, impl=impl), single["qkv"][..., 64:])
 
 
-@pytest.mark.parametrize("impl", FUSED)
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("case", [PADDED, GROUPED], ids=IDS[1:])
 def test_contract(case, impl, device):
     skip_unless(impl, device)
@@ -281,7 +285,7 @@ def test_contract(case, impl, device):
     torch.library.opcheck(torch.ops.mimfast.window_attention_bwd, (grad, *config))
 
 
-@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+@pytest.mark.parametrize("impl", ["auto", *WAYS])
 @pytest.mark.parametrize("case", [SMALL, PADDED, GROUPED], ids=IDS)
 def test_compiles_without_a_graph_break(case, impl, device):
     skip_unless(impl, device)
@@ -300,7 +304,7 @@ def test_compiles_without_a_graph_break(case, impl, device):
         torch.testing.assert_close(g, w)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WAYS)
 def test_autocast_changes_nothing(impl, device):
     skip_unless(impl, device)
     args = make(SMALL, device)
@@ -350,7 +354,7 @@ BAD = [
     ({"group": torch.zeros(3, 8, 12).int()}, r"group has shape \(3, 8, 12\), expected \(2, 8, 12\) because"),
     ({"group": torch.full((8, 12), -1), "checked": True}, r"group has id -1, expected 0 to 2147483647 because ids are"),
     ({"group": torch.full((8, 12), 2**31), "checked": True}, r"group has id 2147483648, expected 0 to 2147483647"),
-    ({"impl": "sdpa"}, r"impl has 'sdpa', expected one of 'auto', "),
+    ({"impl": "flash"}, r"impl has 'flash', expected one of 'auto', "),
     ({"qkv": torch.zeros(2, 8, 12, 96).double(), "impl": "cpu"}, r"impl has 'cpu', .* given float64"),
 ]
 

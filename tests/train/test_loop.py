@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import mimfast
 from mimfast._check import UserError
+from mimfast.data import fill
 from mimfast.settings import override, read_toml, to_toml
 from mimfast.testing.runs import tiny_recipe, write_images
 from mimfast.train import checkpoint, folder, loop
@@ -70,9 +71,14 @@ def test_the_folder_is_complete(clean):
     lines = read(clean / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     wanted = "step epoch loss lr images_per_second data_wait grad_norm memory skipped bad_images"
+    wanted += " data_read_s data_decode_s data_crop_s data_transfer_s"
     assert all(set(wanted.split()) <= line.keys() for line in lines)
     assert lines[-1]["epoch"] == pytest.approx(6 * 4 / 9, abs=1)
     assert all(0 <= line["data_wait"] <= 1 and line["images_per_second"] > 0 for line in lines)
+    # nothing is decoded twice: the images stay in the cache
+    assert lines[0]["data_decode_s"] > 0
+    assert lines[-1]["data_decode_s"] == lines[-1]["data_read_s"] == 0
+    assert all(line["data_crop_s"] > 0 for line in lines)
     errors = json.loads((clean / "results.json").read_text())["reconstruction"]["mse"]
     assert all(0 < error < 1 for error in errors.values())
 
@@ -245,3 +251,37 @@ def test_one_bad_step_is_counted_and_not_applied(images, tmp_path, monkeypatch):
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 1]
     assert lines[2]["loss"] is None
     assert all(line["loss"] > 0 for line in lines[3:])
+
+
+class _Loader(loop.Loader):
+    """Remembers how many threads it had at last."""
+
+    last = None
+
+    def close(self):
+        _Loader.last = self.workers
+        super().close()
+
+
+@pytest.mark.parametrize(
+    ("slow", "workers", "found"), [("loader", None, 4), ("step", None, 1), ("loader", 2, 2), ("loader", 0, 0)]
+)
+def test_a_cpu_run_takes_as_many_threads_as_keep_up(images, tmp_path, monkeypatch, slow, workers, found):
+    def slowly(call, seconds):
+        def wrapped(*args):
+            time.sleep(seconds)
+            return call(*args)
+
+        return wrapped
+
+    # a share that no hiccup of a busy machine makes up
+    monkeypatch.setattr(loop, "MUCH", 0.5)
+    monkeypatch.setattr(loop, "Loader", _Loader)
+    monkeypatch.setattr(loop, "default_workers", lambda: 4)
+    if slow == "loader":
+        monkeypatch.setattr(fill, "crop_rows", slowly(fill.crop_rows, 0.04))
+    else:
+        monkeypatch.setattr(loop, "guarded_step", slowly(loop.guarded_step, 0.08))
+    recipe = tiny_recipe(images, tmp_path / "run")
+    loop.pretrain(replace(recipe, data=replace(recipe.data, workers=workers)))
+    assert _Loader.last == found

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from mimfast.data.clock import StageClock
 from mimfast.train import metrics
 from mimfast.train.parallel import World
 
@@ -72,3 +73,22 @@ def test_tensorboard_gets_the_numbers_when_it_is_there(tmp_path):
     log.write({"step": 1, "loss": 0.5})
     log.close()
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_each_line_tells_where_the_time_of_the_loader_went():
+    clock, meter = StageClock(), metrics.Meter(ALONE)
+    clock.add("decode", 9.0)
+    meter.watch(clock)
+    _add(meter, 1.0)
+    for stage, seconds in {"read": 0.25, "decode": 1.5, "crop": 0.5, "transfer": 0.125, "wait": 1e6}.items():
+        clock.add(stage, seconds)
+    meter.flush({})
+    _add(meter, 1.0)
+    clock.add("crop", 2.0)
+    line = meter.flush({})
+    found = [line[f"data_{stage}_s"] for stage in ("read", "decode", "crop", "transfer")]
+    assert found == [0.25, 1.5, 0.5, 0.125]
+    assert line["data_wait"] == 1.0
+    line = meter.take()
+    assert [line[f"data_{stage}_s"] for stage in ("read", "decode", "crop", "transfer")] == [0, 0, 2.0, 0]
+    assert line["data_wait"] == 0
