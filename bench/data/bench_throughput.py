@@ -5,8 +5,9 @@
 The peer is torch's DataLoader in its own process (no workers) with Pillow and torchvision's RandomResizedCrop (bicubic,
 antialias, scale 0.2 to 1, flip) on the same photographs. Everything else is mimfast's loader, with its cache of decoded
 images off: the photographs as they are, a store of JPEGs and a store of pixels that `mimfast prep` made of them (short
-side 256, quality 90), with each decoder that is installed. "alone" is one loop of reading, decoding and cropping image
-by image with nothing around it, boxes known beforehand: what a loader costs beyond it is its overhead.
+side 256, quality 90), with each decoder that is installed, DALI on the CPU among them. "alone" is one loop of reading,
+decoding and cropping image by image with nothing around it, boxes known beforehand: what a loader costs beyond it is
+its overhead.
 
 All of them exist throughout and take turns within one process, each for `seconds` a round, torch and all decoders on
 one thread. The ratio of a round is formed within that round; printed are medians, and the least and the most.
@@ -122,8 +123,8 @@ def report(rates: dict[str, list[float]], clocks: dict[str, Any]) -> list[dict[s
         row |= {"least": min(found), "most": max(found)}
         row["times_peer"] = statistics.median(mine / peer for mine, peer in zip(found, rates[PEER]))
         line = f"{name:44s}{row['images_per_s']:8.0f}{row['least']:8.0f}{row['most']:8.0f}{row['times_peer']:8.2f}"
-        if name in clocks:
-            bare = rates[f"{name}, alone"]
+        bare = rates.get(f"{name}, alone")
+        if bare is not None:
             row["overhead"] = statistics.median(one / mine - 1 for mine, one in zip(found, bare))
             stages = {stage: (s, n) for stage, (s, n) in clocks[name].snapshot().items() if n and stage != "wait"}
             row["us_per_image"] = {stage: 1e6 * seconds / images for stage, (seconds, images) in stages.items()}
@@ -151,6 +152,8 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             name = of if of == "raw store" else f"{of}, {decoder}"
             contestants[name] = ours(images, decoder, args.size, clocks, name)
             contestants[f"{name}, alone"] = alone(images, decoder, args.size)
+        if of != "raw store" and why_not("dali") is None:
+            contestants[f"{of}, dali"] = ours(images, "dali", args.size, clocks, f"{of}, dali")
     image, bytes_each = decode(source.read(0)), np.mean([len(source.read(i)) for i in range(len(source))])
     print(f"{len(source)} photographs, the first {image.shape[1]} x {image.shape[0]}, {bytes_each / 1e3:.0f} kB each")
     rows = report(race(contestants, args.rounds, args.seconds), clocks)
