@@ -39,8 +39,8 @@ _PACKAGES = {
     "torchcodec": ("torchcodec.decoders", "torchcodec"),
     "nvimagecodec": ("nvidia.nvimgcodec", "'nvidia-nvimgcodec-cu13[all]'"),
 }
-# The first marker in the data of a JPEG that is neither a stuffed byte, a restart nor a fill byte.
-_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
+# A marker in the data of a JPEG that is neither a stuffed byte, a restart nor a fill byte.
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 
 # data, header, shrink (1, 2, 4 or 8) -> uint8 (H, W, 3), or None or any exception where it cannot
 _Jpeg = Callable[[bytes, Header, int], np.ndarray | None]
