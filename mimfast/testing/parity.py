@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mimfast.dropin.swap import FLOOR, WORSE, _distance, accelerate
+from mimfast.dropin.swap import FLOOR, WORSE, _shares, accelerate
 
 
 class Row(NamedTuple):
@@ -75,8 +75,12 @@ def measure(name: str, batch: int = 1, device: str = "cpu") -> Row:
     before = _results(plain, img)
     rows = accelerate(plain, verify=False, report=False)
     after = _results(plain, img)
-    forward, plain_forward = (_distance(found[:1], truth[:1]) for found in (after, before))
-    gradient, plain_gradient = (_distance(found[1:], truth[1:]) for found in (after, before))
+    if not len(after) == len(before) == len(truth):
+        raise AssertionError(f"{name}: {len(after)} gradients after, {len(before)} before")
+    if not all(t.isfinite().all() for t in after):
+        raise AssertionError(f"{name}: values or gradients that are not finite")
+    forward, plain_forward = (_shares(found[:1], truth[:1])[0] for found in (after, before))
+    gradient, plain_gradient = (max(_shares(found[1:], truth[1:])) for found in (after, before))
     return Row(name, (sum(bool(r.fused) for r in rows), len(rows)), forward, plain_forward, gradient, plain_gradient)
 
 
