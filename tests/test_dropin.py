@@ -324,10 +324,20 @@ def test_the_proof_does_not_touch_the_random_state_or_the_model():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_distance_counts_a_missing_gradient_and_ignores_none():
+def test_distance_counts_a_missing_gradient():
     one = torch.ones(3)
     assert swap._distance([one], [one.double(), one.double()]) == float("inf")
     assert swap._distance([one], [one.double()]) == 0.0
+
+
+def test_distance_leaves_small_gradients_to_luck_only_where_they_are_close():
+    many, few = torch.ones(64), torch.ones(2)
+    truth = [many.double(), few.double()]
+    assert swap._distance([many, few * (1 + 5e-5)], truth) == 0.0
+    assert swap._distance([many, few * (1 + 1e-3)], truth) == pytest.approx(1e-3, rel=1e-3)
+    assert swap._distance([many * (1 + 1e-5), few], truth) == pytest.approx(1e-5, rel=0.05)
+    for spoilt in ([many, few * float("nan")], [many * float("nan"), few]):
+        assert not swap._distance(spoilt, truth) <= 1.0
 
 
 def test_a_checkpoint_saved_after_accelerate_loads_before_it():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mimfast
+from mimfast import _native
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
@@ -230,6 +231,7 @@ spec = importlib.util.spec_from_file_location("training", sys.argv[3])
 training = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(training)
 import mimfast
+from mimfast import _native
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, name = dist.get_rank(), sys.argv[1]
@@ -258,3 +260,14 @@ def test_two_processes_average_to_the_gradients_of_one(name, tmp_path):
     for model in (made(name).train(), fast_twin(made(name).train())):
         wanted = learn(name, model, images(name, 4))
         assert_same((wanted[0], first), wanted, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["timm swin", "timm swinv2", "hf swin", "hf swinv2"])
+def test_without_native_code_torchs_attention_takes_over(name, monkeypatch):
+    """As on a GPU none of whose kernels is verified."""
+    monkeypatch.setattr(_native, "why_missing", lambda: "no compiler was there")
+    plain = made(name).train()
+    fast, img = copy.deepcopy(plain), images(name)
+    rows = mimfast.accelerate(fast, report=False)
+    assert {row.fused for row in rows} == {f"window_attention{'_v2' if 'v2' in name else ''} (sdpa)"}
+    assert_same(learn(name, fast, img), learn(name, plain, img), 1e-4)
