@@ -200,9 +200,10 @@ def short_attention_bwd_kernel(
         else:
             p = tl.exp2(s - tl.load(rows_ptr + query_M, mask=inside_M, other=float("inf"))[None, :])
             delta_M = tl.load(rows_ptr + LIMIT + query_M, mask=inside_M, other=0.0)
+        if D_KV:  # before dS: then it and the probabilities do not have to stay side by side
+            d_v = tl.dot(p.to(qkv_ptr.dtype.element_ty), grad, d_v, input_precision="ieee")
         d_s = (p * (d_p - delta_M[None, :])).to(qkv_ptr.dtype.element_ty)
         if D_KV:
-            d_v = tl.dot(p.to(qkv_ptr.dtype.element_ty), grad, d_v, input_precision="ieee")
             d_k = tl.dot(d_s, q, d_k, input_precision="ieee")
         if D_Q:
             if RESIDENT:
@@ -243,8 +244,10 @@ def backward_tiles(limit: int, head: int, size: int) -> list[Tile]:
     """One launch, or two: dq, then dk and dv."""
     keys, pad = tile_shape(limit, head)
     if size == 4:
-        whole = Tile(keys, 16, scalar_warps(keys * pad))
-        return [whole] if keys * pad <= 4096 else [whole, Tile(4096 // pad, 16, 8)]
+        warps = scalar_warps(keys * pad)
+        if keys * pad <= 4096:  # with loads in flight ptxas has less to hoist, and does not spill what it hoists
+            return [Tile(keys, 16, warps, stages=2)]
+        return [Tile(keys, 16, warps), Tile(4096 // pad, 16, 8)]
     if keys * pad <= 8192:
         few = keys // 16 if pad < 128 else keys // 8
         return [Tile(keys, min(keys, 32), min(few, 8 if keys == 256 or keys * pad > 4096 else 4))]

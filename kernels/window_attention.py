@@ -210,15 +210,16 @@ def window_attention_bwd_kernel(
             delta_M = delta_M / sum_M
         d_qkv = d_qkv_ptr + image * rows * cols * heads * (3 * HEAD)
         d_at_M = (y_M * cols + x_M) * heads * (3 * HEAD)
+        if D_KV:  # keys are the queries; before dS, or both would have to be held
+            d_v = tl.dot(p.to(grad.dtype), grad, input_precision="ieee")
+            store_rows(d_qkv + (2 * heads + head) * HEAD, d_at_M, inside_M, d_v, HEAD, PAD)
         d_s = p * (d_p - delta_M[None, :])
         if TABLE:
             d_scores += d_s
         if COSINE:
             d_s = d_s * inverse_N[:, None]
         d_s = d_s.to(k.dtype)
-        if D_KV:  # keys are the queries
-            d_v = tl.dot(p.to(grad.dtype), grad, input_precision="ieee")
-            store_rows(d_qkv + (2 * heads + head) * HEAD, d_at_M, inside_M, d_v, HEAD, PAD)
+        if D_KV:
             d_k = tl.dot(d_s, q, input_precision="ieee") * factor
             store_rows(d_qkv + (heads + head) * HEAD, d_at_M, inside_M, d_k, HEAD, PAD)
             d_q = tl.dot(tl.trans(d_s), k, input_precision="ieee")
@@ -379,7 +380,7 @@ def tile_shape(tokens: int, head: int) -> tuple[int, int]:
     return max(16, triton.next_power_of_2(tokens)), max(16, triton.next_power_of_2(head))
 
 
-def forward_tile(tokens: int, head: int, size: int, rare: bool) -> Tile:
+def forward_tile(tokens: int, head: int, size: int, rare: bool, cosine: bool) -> Tile:
     """For windows of `tokens` tokens, `head` values per head of `size` bytes; `rare` with padding, groups or
     cosines, which take registers. Chosen so that nothing spills.
     """
@@ -387,7 +388,7 @@ def forward_tile(tokens: int, head: int, size: int, rare: bool) -> Tile:
     if size == 4:
         return Tile(keys, 16 if keys <= 64 else 32, max(1, min(8, keys * pad // 512)))
     if keys > 64:
-        return Tile(keys, 32, 8)
+        return Tile(keys, 16 if keys == 256 and rare and not cosine else 32, 8)
     return Tile(keys, keys, 1 if keys == 16 else 8 if rare else 4)
 
 
@@ -400,7 +401,7 @@ def backward_tiles(tokens: int, head: int, size: int, rare: bool) -> list[Tile]:
     if keys <= 64 and pad <= 32 and not rare:
         return [Tile(keys, keys, 1 if keys == 16 else keys // 8)]
     first = Tile(min(keys, 128), 16 if keys > 128 else min(keys, 32), min(8, keys // 8))
-    return [first, Tile(min(keys, 32 if pad == 64 else 64), 32, 4)]
+    return [first, Tile(min(keys, 32 if pad == 64 else 64), 16 if rare and keys == 64 else 32, 4)]
 
 
 def window_attention_fwd(
@@ -411,7 +412,9 @@ def window_attention_fwd(
     qkv, head = _dense(qkv), qkv.shape[-1] // (3 * heads)
     out = qkv.new_empty(*qkv.shape[:-1], heads * head)
     tokens = window[0] * window[1]
-    tile = forward_tile(tokens, head, qkv.element_size(), _is_rare(qkv, window, group, head_scale))
+    tile = forward_tile(
+        tokens, head, qkv.element_size(), _is_rare(qkv, window, group, head_scale), head_scale is not None
+    )
     sizes, blocks = _sizes(qkv, window, shift, heads, tile), triton.cdiv(tokens, tile.block)
     if out.numel():
         qkv_bias = _bias_of(qkv, qkv_bias, window)
@@ -538,7 +541,7 @@ def aot(kind: str, window: int, head: int, rare: bool = False, cosine: bool = Fa
     shape |= {"HEAD": head, "PAD": tile_shape(tokens, head)[1], "WH": window, "WW": window} | absent
     back = types | dict.fromkeys(("grad_ptr", "d_qkv_ptr"), f"*{kind}") | {"factor": "fp32"}
     back |= dict.fromkeys(("grad_b", "grad_y", "grad_x"), "i32:16")
-    forward = forward_tile(tokens, head, size, rare or cosine)
+    forward = forward_tile(tokens, head, size, rare or cosine, cosine)
     first, *second = backward_tiles(tokens, head, size, rare or cosine)
     suffix = f"{kind}-{window}-{head}" + ("-padded-grouped" if rare else "")
     padding = {"d_bias_ptr": "*fp32"}
