@@ -9,8 +9,11 @@
 #endif
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace mimfast {
 
@@ -98,22 +101,29 @@ void launch(const char* op, void (*kernel)(Params...), int64_t blocks, int threa
   launch_shared(op, kernel, blocks, threads, 0, stream, params...);
 }
 
-// how many blocks of `kernel` the current device runs at once; when emulated few, so that each has more work than one
-// piece
+// how many blocks of `kernel` the current device runs at once, asked for once for each device; when emulated few, so
+// that each has more work than one piece
 template <typename... Params>
 int resident_blocks(const char* op, void (*kernel)(Params...), int threads, int shared_bytes) {
 #ifdef __CUDACC__
+  static std::mutex mutex;
+  static std::map<std::pair<void (*)(Params...), int>, int> known;
   int device = 0, processors = 0, each = 0;
   cudaError_t status = cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& blocks = known[{kernel, device}];
+  if (blocks > 0) return blocks;
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status == cudaSuccess && shared_bytes > 48 * 1024)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status == cudaSuccess)
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes);
-  if (status != cudaSuccess)
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would report it
     throw std::runtime_error(std::string(op) + ": the CUDA device could not be asked because " +
                              cudaGetErrorString(status));
-  return processors * each;
+  }
+  return blocks = processors * each;
 #else
   static_cast<void>(op), static_cast<void>(kernel), static_cast<void>(threads), static_cast<void>(shared_bytes);
   return 4;

@@ -137,6 +137,24 @@ __device__ __forceinline__ uint32_t pack(float first, float second) {
 #endif
 }
 
+// the values of a register
+template <bool kBf16>
+__device__ __forceinline__ void unpack(uint32_t both, float& first, float& second) {
+#ifdef __CUDACC__
+  if constexpr (kBf16) {
+    first = __uint_as_float(both << 16);
+    second = __uint_as_float(both & 0xffff0000u);
+  } else {
+    asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+        : "=f"(first), "=f"(second)
+        : "r"(both));
+  }
+#else
+  first = emulate::widen(static_cast<uint16_t>(both), kBf16);
+  second = emulate::widen(static_cast<uint16_t>(both >> 16), kBf16);
+#endif
+}
+
 // 2^x; 0 for -inf
 __device__ __forceinline__ float power_of_2(float x) {
 #ifdef __CUDACC__

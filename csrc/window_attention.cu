@@ -17,16 +17,16 @@ constexpr int kFoldColumns = 32, kFoldRows = 8;
 // A block stays with a pair of heads and walks through windows part, part + parts, ...: the bias of its scores is
 // gathered once, into registers, and the next window is on its way while one is worked on. Registers: see
 // bench/aot_native.json, no spills; floor: q, k, v in and the result out.
-template <bool kBf16, int kD, int kTiles>
-__global__ void __launch_bounds__(Shape<kD, kTiles, 3>::kThreads, Shape<kD, kTiles, 3>::kBlocks)
+template <bool kBf16, bool kCosine, int kD, int kTiles>
+__global__ void __launch_bounds__(Shape<kD, kTiles, 3, kCosine>::kThreads, Shape<kD, kTiles, 3, kCosine>::kBlocks)
     window_attention_fwd_kernel(WindowAttention call, Windows windows) {
-  using S = Shape<kD, kTiles, 3>;
+  using S = Shape<kD, kTiles, 3, kCosine>;
   Frame<kBf16, S> frame(call, windows);
   float bias[2][2 * kTiles];
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i)
     for (int half = 0; half < 2; ++half) bias[half][i] = frame.bias(half, i);
-  frame.load(frame.part, 0);
+  if (frame.part < windows.count) frame.load(frame.part, 0);
   copy_commit();
   int stage = 0;
   for (int32_t window = frame.part; window < windows.count; window += windows.parts, stage ^= 1) {
@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(Shape<kD, kTiles, 3>::kThreads, Shape<kD, kTil
     copy_wait<1>();
     __syncthreads();
     frame.renew();
+    if constexpr (kCosine) frame.fill_inverses(stage);
     if (frame.present) {
       float s[kTiles][4], total[2], out[S::kChunks][4];
       frame.multiply_rows(frame.tile(stage, 0, frame.own), frame.tile(stage, 1, frame.own), s);
@@ -56,13 +57,13 @@ __global__ void __launch_bounds__(Shape<kD, kTiles, 3>::kThreads, Shape<kD, kTil
 // queries of all warps. dS of all windows is added up in registers in float32; at the end a block folds the pairs of
 // each offset, and window_attention_fold_kernel adds up the blocks, both in an order that does not change. Registers:
 // see bench/aot_native.json, no spills; floor: q, k, v and the gradient in, three gradients out.
-template <bool kBf16, int kD, int kTiles>
-__global__ void __launch_bounds__(Shape<kD, kTiles, 4>::kThreads, Shape<kD, kTiles, 4>::kBlocks)
+template <bool kBf16, bool kCosine, int kD, int kTiles>
+__global__ void __launch_bounds__(Shape<kD, kTiles, 4, kCosine>::kThreads, Shape<kD, kTiles, 4, kCosine>::kBlocks)
     window_attention_bwd_kernel(WindowAttention call, Windows windows) {
-  using S = Shape<kD, kTiles, 4>;
+  using S = Shape<kD, kTiles, 4, kCosine>;
   Frame<kBf16, S> frame(call, windows);
-  float d_scores[kTiles][4] = {};
-  frame.load(frame.part, 0);
+  float d_scores[kTiles][4] = {}, d_factor = 0.0f;
+  if (frame.part < windows.count) frame.load(frame.part, 0);
   copy_commit();
   int stage = 0;
   for (int32_t window = frame.part; window < windows.count; window += windows.parts, stage ^= 1) {
@@ -71,6 +72,7 @@ __global__ void __launch_bounds__(Shape<kD, kTiles, 4>::kThreads, Shape<kD, kTil
     copy_wait<1>();
     __syncthreads();
     frame.renew();
+    if constexpr (kCosine) frame.fill_inverses(stage);
     Chunk *q = frame.tile(stage, 0, frame.own), *k = frame.tile(stage, 1, frame.own),
           *v = frame.tile(stage, 2, frame.own), *grad = frame.tile(stage, 3, frame.own);
     uint32_t packed[S::kChunks][2];
@@ -96,12 +98,21 @@ __global__ void __launch_bounds__(Shape<kD, kTiles, 4>::kThreads, Shape<kD, kTil
         p[j][e] *= d_p[j][e] - delta[e / 2];
         d_scores[j][e] += p[j][e];
       }
-    frame.put_scores(1, p);
+    if constexpr (kCosine) {
+      frame.put_scores(1, p, frame.row < frame.n ? frame.slope(frame.inverses(0)[frame.row]) : 0.0f,
+                       frame.row + 8 < frame.n ? frame.slope(frame.inverses(0)[frame.row + 8]) : 0.0f);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+        for (int e = 0; e < 4; ++e) p[j][e] *= frame.slope(frame.inverses(1)[8 * j + frame.lane % 4 * 2 + e % 2]);
+    } else {
+      frame.put_scores(1, p);
+    }
     frame.renew();
     float d_q[S::kChunks][4];
     frame.multiply_scores(p, k, d_q);
-    frame.pack_rows(d_q, call.scale, call.scale, packed);
-    __syncthreads();  // P and dS are there; nobody needs k and v any more
+    if constexpr (kCosine) d_factor += frame.through_norm(d_q, q, 0);
+    frame.pack_rows(d_q, frame.factor(), frame.factor(), packed);
+    __syncthreads();  // P and dS are there; nobody needs v any more
     frame.renew();
     const int64_t width = int64_t{call.heads} * call.head, image = window / windows.per_image;
     uint16_t* to = static_cast<uint16_t*>(call.d_qkv) + image * call.rows * call.cols * 3 * width;
@@ -111,25 +122,26 @@ __global__ void __launch_bounds__(Shape<kD, kTiles, 4>::kThreads, Shape<kD, kTil
     frame.multiply_turned(frame.scores_tile(0), grad, d);
     frame.pack_rows(d, 1.0f, 1.0f, packed);
     frame.add_padding(1, d, 1.0f, stage);
-    frame.store(k, packed, stage, to + 2 * width, 3 * width);
+    frame.store(v, packed, stage, to + 2 * width, 3 * width);
     frame.renew();
     frame.multiply_turned(frame.scores_tile(1), q, d);
-    frame.pack_rows(d, call.scale, call.scale, packed);
-    frame.add_padding(0, d, call.scale, stage);
+    if constexpr (kCosine) frame.through_norm(d, k, 1);
+    frame.pack_rows(d, frame.factor(), frame.factor(), packed);
+    frame.add_padding(0, d, frame.factor(), stage);
     frame.store(v, packed, stage, to + width, 3 * width);
     __syncthreads();  // the stage may be written again
   }
-  if (windows.partial != nullptr) frame.store_partial(d_scores);
+  if (windows.partial != nullptr) frame.store_partial(d_scores, d_factor);
 }
 
-// d_table and d_bias from what the blocks have: one block has kFoldColumns of a head, and kFoldRows threads share the
-// parts of each
+// d_table, d_bias and d_head_scale from what the blocks have: one block has kFoldColumns of a head, and kFoldRows
+// threads share the parts of each
 __global__ void __launch_bounds__(kFoldColumns* kFoldRows)
     window_attention_fold_kernel(WindowAttention call, Windows windows, int32_t offsets, int32_t blocks_per_head) {
   __shared__ float sums[kFoldRows][kFoldColumns];
   const int x = threadIdx.x % kFoldColumns, y = threadIdx.x / kFoldColumns;
   const int32_t head = blockIdx.x / blocks_per_head, at = blockIdx.x % blocks_per_head * kFoldColumns + x;
-  const int32_t columns = offsets + 2 * call.head;
+  const int32_t columns = offsets + 2 * call.head + (call.head_scale != nullptr ? 1 : 0);
   float sum = 0.0f;
   if (at < columns)
 #pragma unroll 4
@@ -139,12 +151,14 @@ __global__ void __launch_bounds__(kFoldColumns* kFoldRows)
   __syncthreads();
   if (y > 0) return;
   for (int i = 1; i < kFoldRows; ++i) sum += sums[i][x];
+  if (call.d_bias != nullptr && at < call.head) call.d_bias[head * call.head + at] = 0.0f;  // no query is padding
   if (at < offsets) {
     if (call.d_table != nullptr) call.d_table[int64_t{at} * call.heads + head] = sum;
-  } else if (at < offsets + 3 * call.head && call.d_bias != nullptr) {
-    const int32_t which = (at - offsets) / call.head,
-                  d = (at - offsets) % call.head;  // k, v, and last q, which has none
-    call.d_bias[((which + 1) % 3 * call.heads + head) * call.head + d] = sum;
+  } else if (at < offsets + 2 * call.head) {
+    const int32_t which = (at - offsets) / call.head, d = (at - offsets) % call.head;
+    if (call.d_bias != nullptr) call.d_bias[((which + 1) * call.heads + head) * call.head + d] = sum;
+  } else if (at < columns && call.d_head_scale != nullptr) {
+    call.d_head_scale[head] = sum;
   }
 }
 
@@ -153,28 +167,32 @@ struct Kernel {
   int threads, shared, heads;
 };
 
-template <bool kBf16, int kD, int kTiles>
+template <bool kBf16, bool kCosine, int kD, int kTiles>
 Kernel kernel_of(const WindowAttention& call) {
-  using Forward = Shape<kD, kTiles, 3>;
-  using Backward = Shape<kD, kTiles, 4>;
+  using Forward = Shape<kD, kTiles, 3, kCosine>;
+  using Backward = Shape<kD, kTiles, 4, kCosine>;
   static_assert(Backward::kBytes <= 99 * 1024, "what a block may have on sm_86, 89 and 120");
   static_assert((Forward::kBytes + 1024) * Forward::kBlocks <= 228 * 1024, "what blocks together have on sm_90");
   static_assert((Backward::kBytes + 1024) * Backward::kBlocks <= 228 * 1024, "the same");
   if (call.d_qkv == nullptr)
-    return {window_attention_fwd_kernel<kBf16, kD, kTiles>, Forward::kThreads, Forward::kBytes, Forward::kHeads};
-  return {window_attention_bwd_kernel<kBf16, kD, kTiles>, Backward::kThreads, Backward::kBytes, Backward::kHeads};
+    return {window_attention_fwd_kernel<kBf16, kCosine, kD, kTiles>, Forward::kThreads, Forward::kBytes,
+            Forward::kHeads};
+  return {window_attention_bwd_kernel<kBf16, kCosine, kD, kTiles>, Backward::kThreads, Backward::kBytes,
+          Backward::kHeads};
 }
 
 template <bool kBf16>
 Kernel kernel_for(const WindowAttention& call) {
   const int32_t tokens = call.window[0] * call.window[1];
-  if (call.head <= 16) return kernel_of<kBf16, 16, 8>(call);
-  if (call.head > 48) return kernel_of<kBf16, 64, 8>(call);
-  if (call.head > 32) return kernel_of<kBf16, 48, 8>(call);
-  if (tokens <= 16) return kernel_of<kBf16, 32, 2>(call);
-  if (tokens <= 40) return kernel_of<kBf16, 32, 5>(call);
-  if (tokens <= 56) return kernel_of<kBf16, 32, 7>(call);
-  return kernel_of<kBf16, 32, 8>(call);
+  if (call.head_scale != nullptr)
+    return call.head <= 32 ? kernel_of<kBf16, true, 32, 8>(call) : kernel_of<kBf16, true, 64, 8>(call);
+  if (call.head <= 16) return kernel_of<kBf16, false, 16, 8>(call);
+  if (call.head > 48) return kernel_of<kBf16, false, 64, 8>(call);
+  if (call.head > 32) return kernel_of<kBf16, false, 48, 8>(call);
+  if (tokens <= 16) return kernel_of<kBf16, false, 32, 2>(call);
+  if (tokens <= 40) return kernel_of<kBf16, false, 32, 5>(call);
+  if (tokens <= 56) return kernel_of<kBf16, false, 32, 7>(call);
+  return kernel_of<kBf16, false, 32, 8>(call);
 }
 
 Kernel kernel_for(const WindowAttention& call) { return call.bf16 ? kernel_for<true>(call) : kernel_for<false>(call); }
@@ -211,7 +229,7 @@ void window_attention_cuda(const WindowAttention& call, int parts, float* partia
                 call, windows);
   if (partial == nullptr) return;
   const int32_t offsets = (2 * call.window[0] - 1) * (2 * call.window[1] - 1);
-  const int32_t blocks = (offsets + 3 * call.head + kFoldColumns - 1) / kFoldColumns;
+  const int32_t blocks = (offsets + 2 * call.head + 1 + kFoldColumns - 1) / kFoldColumns;
   launch("window_attention", window_attention_fold_kernel, int64_t{blocks} * call.heads, kFoldColumns * kFoldRows,
          stream, call, windows, offsets, blocks);
 }

@@ -38,10 +38,10 @@ struct WindowAttention {
 void window_attention_cpu(const WindowAttention& call, int threads, int lanes);
 
 // With d_qkv null the forward, else the backward; float16 or bfloat16, windows of up to 64 tokens, heads of up to 64
-// values in whole chunks of 8, everything dense in its rows and aligned to 16 bytes, no cosine form. `parts` blocks
+// values in whole chunks of 8, everything dense in its rows and aligned to 16 bytes. `parts` blocks
 // share the windows of a head; results of the forward and d_qkv do not depend on it, d_table and d_bias do in rounding.
-// partial [parts, h, O + 2 d] is scratch for d_table and d_bias, null when neither is wanted. Captured by a graph, what
-// is given must outlive it; nothing waits for the device.
+// partial [parts, h, O + 2 d, + 1 with head_scale] is scratch for d_table, d_bias and d_head_scale, null for none.
+// Captured by a graph, what is given must outlive it; nothing waits for the device.
 void window_attention_cuda(const WindowAttention& call, int parts, float* partial, CUstream_st* stream);
 
 // the `parts` that fill the current device

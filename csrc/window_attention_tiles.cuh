@@ -15,20 +15,25 @@ constexpr float kLog2e = 1.4426950408889634f;
 // the windows of all images, row by row, and who has them: block `part` of its heads has part, part + parts, ...
 struct Windows {
   int32_t across, per_image, count, parts;
-  float* partial;  // [parts, heads, offsets + 2 d], sums over the windows of a block: of dS by offset; of dk and dv of
-                   // padding. Backward, or null
+  float* partial;  // [parts, heads, offsets + 2 d + 1 with head_scale], sums over the windows of a block: of dS by
+                   // offset, of dk and dv of padding, of the gradient of head_scale. Backward, or null
 };
 
+constexpr float kSmallest = 1e-12f;  // of a norm, in the cosine form
+
 // for heads of up to D values and windows of up to 8 * TILES tokens; 3 tensors forward, 4 with the gradient backward
-template <int D, int TILES, int TENSORS>
+template <int D, int TILES, int TENSORS, bool COSINE>
 struct Shape {
+  static constexpr bool kCosine = COSINE;
   static constexpr int kD = D, kTiles = TILES, kTensors = TENSORS;
   static constexpr int kRows = 8 * kTiles;
   static constexpr int kWarps = (kTiles + 1) / 2;                   // of a head
   static constexpr int kHeads = kTensors == 3 && kD <= 32 ? 2 : 1;  // of a block
   static constexpr int kThreads = 32 * kWarps * kHeads;
   // threads of a multiprocessor: what registers and shared memory allow
-  static constexpr int kResident = kTensors == 3 ? (kD <= 48 ? 512 : 384) : kTiles <= 5 ? 512 : kD <= 32 ? 384 : 256;
+  static constexpr int kResident = kTensors == 3 ? (kD <= 48 && !kCosine ? 512 : 384)
+                                   : kTiles <= 5 ? 512
+                                                 : (kD <= 32 && !kCosine ? 384 : 256);
   static constexpr int kBlocks = kResident / kThreads;
   static constexpr int kChunks = kD / 8;  // of 8 values
   static constexpr int kPitch = kChunks == 6 ? 7 : kChunks;
@@ -46,7 +51,8 @@ struct Shape {
   static constexpr int kPlaceAt = kPadsAt + kHeads * kWarps * kPads / 4;
   static constexpr int kIdsAt = kPlaceAt + 2 * kRows / 4;
   static constexpr int kCellsAt = kIdsAt + 2 * kRows / 4;
-  static constexpr int kBytes = 16 * (kCellsAt + kRows / 4);
+  static constexpr int kInversesAt = kCellsAt + kRows / 4;
+  static constexpr int kBytes = 16 * (kInversesAt + (kCosine ? 2 * kHeads * kRows / 4 : 0));
 
   // chunk c of a row in its tile, such that 8 rows of one column are in different banks
   __device__ static __forceinline__ int slot(int row, int c) {
@@ -123,6 +129,10 @@ struct Frame {
   __device__ __forceinline__ int32_t* ids(int stage) const {
     return reinterpret_cast<int32_t*>(shared + S::kIdsAt) + stage * S::kRows;
   }
+  // 1 / norm of each row of q (0) or k (1)
+  __device__ __forceinline__ float* inverses(int which) const {
+    return reinterpret_cast<float*>(shared + S::kInversesAt) + (2 * own + which) * S::kRows;
+  }
   // row and column of each token in its window
   __device__ __forceinline__ int32_t* cells() const { return reinterpret_cast<int32_t*>(shared + S::kCellsAt); }
 
@@ -197,6 +207,66 @@ struct Frame {
     for (int half = 0; half < 2; ++half) row_bias[half] = again(row_bias[half]);
     for (auto& offsets : key_offsets) offsets = again(offsets);
     key_regions = again(key_regions);
+  }
+
+  // of the scores
+  __device__ __forceinline__ float factor() const {
+    if constexpr (S::kCosine) return call.head_scale[head];
+    return call.scale;
+  }
+
+  // numbers of `partial` for one head
+  __device__ __forceinline__ int32_t columns() const {
+    return (2 * call.window[0] - 1) * (2 * call.window[1] - 1) + 2 * call.head + (S::kCosine ? 1 : 0);
+  }
+
+  // the norms of this window's queries and keys; ends with a barrier
+  __device__ __forceinline__ void fill_inverses(int stage) const {
+    for (int at = again(threadIdx.x); at < 2 * S::kHeads * S::kRows; at += S::kThreads) {
+      const int i = at % S::kRows, which = at / S::kRows % 2, h = at / S::kRows / 2;
+      float square = 0.0f;
+#pragma unroll
+      for (int c = 0; c < S::kChunks; ++c) {
+        const Chunk chunk = tile(stage, which, h)[S::slot(i, c)];
+        for (int e = 0; e < 4; ++e) {
+          float first, second;
+          unpack<kBf16>(chunk.word[e], first, second);
+          square += first * first + second * second;
+        }
+      }
+      reinterpret_cast<float*>(shared + S::kInversesAt)[at] = 1.0f / fmaxf(sqrtf(square), kSmallest);
+    }
+    __syncthreads();
+  }
+
+  // 1 / norm as gradients want it: nothing flows into a row without a norm
+  __device__ __forceinline__ static float slope(float inverse) { return inverse < 1.0f / kSmallest ? inverse : 0.0f; }
+
+  // from the gradient of this warp's rows over their norms to that of the rows, which are in `tile`; returns the
+  // products of rows and gradients, that of a row only to the first of its lanes
+  __device__ __forceinline__ float through_norm(float (&d)[S::kChunks][4], const Chunk* rows, int which) const {
+    float sum = 0.0f;
+    for (int half = 0; half < 2; ++half) {
+      const int i = row + 8 * half;
+      const float inverse = i < n ? inverses(which)[i] : 0.0f, size = slope(inverse);
+      float along = 0.0f, first, second;
+#pragma unroll
+      for (int c = 0; c < S::kChunks; ++c) {
+        unpack<kBf16>(i < n ? rows[S::slot(i, c)].word[lane % 4] : 0u, first, second);
+        along += first * d[c][2 * half] + second * d[c][2 * half + 1];
+      }
+      along *= inverse;
+      along += __shfl_xor_sync(kAllLanes, along, 1);
+      along += __shfl_xor_sync(kAllLanes, along, 2);
+      if (lane % 4 == 0) sum += along;
+#pragma unroll
+      for (int c = 0; c < S::kChunks; ++c) {
+        unpack<kBf16>(i < n ? rows[S::slot(i, c)].word[lane % 4] : 0u, first, second);
+        d[c][2 * half] = (d[c][2 * half] - first * inverse * along) * size;
+        d[c][2 * half + 1] = (d[c][2 * half + 1] - second * inverse * along) * size;
+      }
+    }
+    return sum;
   }
 
   // starts to bring a window into a stage
@@ -330,10 +400,18 @@ struct Frame {
   template <typename Bias>
   __device__ __forceinline__ void finish_scores(int32_t window, int stage, float (&s)[S::kTiles][4],
                                                 const Bias& bias) const {
-    const float factor = call.scale * kLog2e, mask = call.mask * kLog2e;
+    const float by = factor() * kLog2e, mask = call.mask * kLog2e;
+    if constexpr (S::kCosine) {
+      const float of_row[2] = {row < n ? inverses(0)[row] * by : 0.0f, row + 8 < n ? inverses(0)[row + 8] * by : 0.0f};
 #pragma unroll
-    for (int j = 0; j < S::kTiles; ++j)
-      for (int e = 0; e < 4; ++e) s[j][e] = s[j][e] * factor + bias(e / 2, 2 * j + e % 2);
+      for (int j = 0; j < S::kTiles; ++j)
+        for (int e = 0; e < 4; ++e)
+          s[j][e] = s[j][e] * (of_row[e / 2] * inverses(1)[8 * j + lane % 4 * 2 + e % 2]) + bias(e / 2, 2 * j + e % 2);
+    } else {
+#pragma unroll
+      for (int j = 0; j < S::kTiles; ++j)
+        for (int e = 0; e < 4; ++e) s[j][e] = s[j][e] * by + bias(e / 2, 2 * j + e % 2);
+    }
     const bool last_row = window % windows.per_image / windows.across == windows.per_image / windows.across - 1;
     const uint32_t seams = last_row | (window % windows.across == windows.across - 1) << 1;
     if (seams != 0 && (call.shift[0] | call.shift[1]) != 0)
@@ -410,12 +488,16 @@ struct Frame {
     }
   }
 
-  // this warp's rows of P (0) or dS (1)
-  __device__ __forceinline__ void put_scores(int which, const float (&s)[S::kTiles][4]) const {
+  // this warp's rows of P (0) or dS (1), with factors
+  __device__ __forceinline__ void put_scores(int which, const float (&s)[S::kTiles][4], float upper = 1.0f,
+                                             float lower = 1.0f) const {
     for (int half = 0; half < 2; ++half) {
       Chunk* to = scores_tile(which) + (row + 8 * half) * S::kScorePitch;
 #pragma unroll
-      for (int j = 0; j < S::kTiles; ++j) to[j].word[lane % 4] = pack<kBf16>(s[j][2 * half], s[j][2 * half + 1]);
+      for (int j = 0; j < S::kTiles; ++j) {
+        const float by = half == 0 ? upper : lower;
+        to[j].word[lane % 4] = pack<kBf16>(s[j][2 * half] * by, s[j][2 * half + 1] * by);
+      }
     }
   }
 
@@ -435,7 +517,7 @@ struct Frame {
   }
 
   // the sums of this block, by way of the stages; called when those are free
-  __device__ __forceinline__ void store_partial(const float (&d_scores)[S::kTiles][4]) const {
+  __device__ __forceinline__ void store_partial(const float (&d_scores)[S::kTiles][4], float d_factor) const {
     static_assert(2 * S::kStage * 16 >= S::kHeads * S::kRows * S::kRows * 4, "dS of a block fits");
     float* all = reinterpret_cast<float*>(shared);  // [kHeads, keys, queries]
     for (int e = 0; e < 4; ++e)
@@ -444,11 +526,14 @@ struct Frame {
         const int key = 8 * j + lane % 4 * 2 + e % 2, query = row + e / 2 * 8;
         if (key < n && query < n) all[(own * n + key) * n + query] = d_scores[j][e];
       }
+    if constexpr (S::kCosine) {
+      for (int flip = 1; flip < 32; flip *= 2) d_factor += __shfl_xor_sync(kAllLanes, d_factor, flip);
+      if (lane == 0) inverses(0)[warp] = d_factor;
+    }
     __syncthreads();
     const int32_t wide = 2 * call.window[1] - 1, offsets = (2 * call.window[0] - 1) * wide;
-    const int32_t columns = offsets + 2 * call.head;
-    for (int at = threadIdx.x; at < S::kHeads * columns; at += S::kThreads) {
-      const int h = at / columns, column = at % columns;
+    for (int at = threadIdx.x; at < S::kHeads * columns(); at += S::kThreads) {
+      const int h = at / columns(), column = at % columns();
       if (first_head + h >= call.heads) continue;
       float sum = 0.0f;
       if (column < offsets) {
@@ -457,11 +542,13 @@ struct Frame {
         for (int32_t y = dy < 0 ? -dy : 0; y < call.window[0] - (dy > 0 ? dy : 0); ++y)
           for (int32_t x = 0; x < call.window[1]; ++x)
             if (x + dx >= 0 && x + dx < call.window[1]) sum += from[(y * call.window[1] + x) * (n + 1)];
+      } else if (S::kCosine && column == offsets + 2 * call.head) {
+        for (int w = 0; w < S::kWarps; ++w) sum += inverses(0)[w];
       } else {
         const int32_t which = (column - offsets) / call.head, d = (column - offsets) % call.head;
         for (int w = 0; w < S::kWarps; ++w) sum += pads(h)[w * S::kPads + which * S::kD + d];
       }
-      windows.partial[(int64_t{part} * call.heads + first_head + h) * columns + column] = sum;
+      windows.partial[(int64_t{part} * call.heads + first_head + h) * columns() + column] = sum;
     }
   }
 };

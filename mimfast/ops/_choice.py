@@ -18,6 +18,7 @@ from mimfast._check import fail
 
 Impl = Literal["auto", "ref", "triton", "cuda", "cpu", "sdpa"]
 PACKAGE = Path(__file__).resolve().parent.parent
+NATIVE_OF = {"window_attention_v2": "window_attention"}  # ops whose native code is in another's files
 
 
 def _constant_under_compile(fn: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -111,7 +112,7 @@ def source_hash(op: str, impl: str) -> str | None:
         return (
             hashlib.sha256(b"".join(_kernel_file(name).read_bytes() for name in names)).hexdigest() if names else None
         )
-    return _native.source_hash(op) if impl in ("cuda", "cpu") else None
+    return _native.source_hash(NATIVE_OF.get(op, op)) if impl in ("cuda", "cpu") else None
 
 
 def _kernel_file(name: str) -> Path:

@@ -57,25 +57,26 @@ def native_call(
 
 def run_cuda(
     core, qkv: Tensor, table: Tensor | None, qkv_bias: Tensor | None, group: Tensor | None, window: list[int],
-    shift: list[int], heads: int, scale: float, pad: str, mask_value: float, *, grad: Tensor | None = None,
-    parts: int = 0, **outputs: Tensor,
+    shift: list[int], heads: int, scale: float, pad: str, mask_value: float, *, head_scale: Tensor | None = None,
+    grad: Tensor | None = None, parts: int = 0, **outputs: Tensor,
 ) -> None:  # fmt: skip
     """Run the CUDA kernel of mimfast._core or of the emulated core, which fills the `outputs`, as run_cpu does.
 
     `parts` blocks share the windows of a head; 0: as many as the device runs at once.
     """
     qkv, grad = _aligned(qkv), None if grad is None else _aligned(grad)
-    sums = [outputs[name] for name in ("d_table", "d_bias") if name in outputs and outputs[name].numel()]
+    sums = [x for name, x in outputs.items() if name not in ("out", "d_qkv") and x.numel()]
     if not qkv.numel():  # nobody would write them
         for x in sums:
             x.zero_()
         return
     config = (window, shift, heads, scale, pad, mask_value)
-    call, _kept = native_call(core, qkv, table, qkv_bias, group, *config, grad, outputs)
+    call, _kept = native_call(core, qkv, table, qkv_bias, group, *config, grad, outputs, head_scale)
     with torch.cuda.device_of(qkv):
         parts, partial = parts or core.window_attention_cuda_parts(call), None
         if sums:
             columns = (2 * window[0] - 1) * (2 * window[1] - 1) + 2 * qkv.shape[3] // (3 * heads)
+            columns += head_scale is not None
             partial = qkv.new_empty((parts, heads, columns), dtype=torch.float32)
         stream = torch.cuda.current_stream().cuda_stream if qkv.is_cuda else 0
         core.window_attention_cuda(call, parts, 0 if partial is None else partial.data_ptr(), stream)

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mimfast import _native
 from mimfast._check import check_dtype, check_same_device, fail
 from mimfast.ops._choice import Impl, resolve
 from mimfast.ops._windows import FLOATS, Side, check_call, check_ids, check_table, ids_of, pair, why_not
-from mimfast.ops._windows_native import run_cpu
+from mimfast.ops._windows_native import run_cpu, run_cuda
 from mimfast.ops._windows_sdpa import attend
 from mimfast.ops.window_attention import window_attention_ref
 
-IMPLS = ("triton", "cpu", "sdpa", "ref")
+IMPLS = ("cuda", "triton", "cpu", "sdpa", "ref")
 LARGEST = math.log(100.0)  # of logit_scale
 SMALLEST = 1e-12  # of a norm
 
@@ -117,7 +118,7 @@ def _fwd(*args):
 
         return window_attention_v2_fwd(**_named(*args))
     out = _fwd_fake(*args)
-    run_cpu(**_named(*args), out=out)
+    _run_native(*args, out=out)
     return out
 
 
@@ -128,8 +129,15 @@ def _bwd(grad, *args):
 
         return window_attention_v2_bwd(grad, **_named(*args))
     d_qkv, d_table, d_bias, d_factor = _bwd_fake(grad, *args)
-    run_cpu(**_named(*args), grad=grad, d_qkv=d_qkv, d_table=d_table, d_bias=d_bias, d_head_scale=d_factor)
+    _run_native(*args, grad=grad, d_qkv=d_qkv, d_table=d_table, d_bias=d_bias, d_head_scale=d_factor)
     return d_qkv, d_table, d_bias, d_factor
+
+
+def _run_native(*args, **tensors):
+    if args[-1] == "cuda":
+        run_cuda(_native.core(), **_named(*args), **tensors)
+    else:
+        run_cpu(**_named(*args), **tensors)
 
 
 def _named(qkv, table, qkv_bias, factor, group, window, shift, heads, pad, mask_value, _):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mimfast._check import fail
 from mimfast.testing import assert_close_to_ref, poisoned, race
+from mimfast.testing.bench import Bench, run_case
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
@@ -87,8 +89,24 @@ def test_a_record_verifies_only_what_it_shows():
     assert "1 tests failed" in why_not(record(stages=[failed]), "blur", "triton", "abc")
     skipped = {"tests": {"tests/ops/test_blur.py::test_value[case-triton]": "skipped"}}
     assert "no test naming it passed" in why_not(record(stages=[skipped]), "blur", "triton", "abc")
+    apart = {"tests": {"tests/ops/test_blur_cuda.py::test_value[cuda-case]": "failed"}}
+    assert "1 tests failed" in why_not(record(sources={"blur": {"cuda": "abc"}}, stages=[apart]), "blur", "cuda", "abc")
+    assert why_not(record(stages=[*record()["stages"], apart]), "blur", "triton", "abc") is None
     loose = {"op": "blur", "rows": [{"contestant": "triton", "out_of_tolerance": True}]}
     assert "out of tolerance" in why_not(record(stages=[*record()["stages"], loose]), "blur", "triton", "abc")
+
+
+def test_a_race_goes_on_without_what_refuses_a_case(capsys):
+    def refuse(x):  # noqa: ARG001
+        fail("blur", "x", "1", "2", "it is a test")
+
+    bench = Bench(
+        "blur", [1], lambda *_: {"x": torch.ones(3, requires_grad=True)}, torch.square,
+        lambda _: {"ours": torch.square, "other": refuse}, lambda *_: 12, "ours",
+    )  # fmt: skip
+    rows = run_case(bench, 1, "cpu", 2)
+    assert {row["contestant"] for row in rows} == {"ours"}
+    assert "other: refused: blur: x has 1, expected 2" in capsys.readouterr().out
 
 
 def test_a_stage_that_fails_hangs_or_is_missing_does_not_stop_the_suite(tmp_path):
