@@ -1,7 +1,6 @@
 // Small matrix products, transposes and exponentials on vectors of MIMFAST_LANES floats, the parts of attention on a
-// CPU. Without an include guard: included once for each set of instructions, in a namespace of its own, with
-// MIMFAST_LANES and MIMFAST_TARGET (the attribute that asks the compiler for those instructions) set. Scores are kept
-// transposed, one row of kBlock queries per key, so that maxima and sums over keys are sums of vectors.
+// CPU; for files that each_lanes.h includes. Scores are kept transposed, one row of kBlock queries per key, so that
+// maxima and sums over keys are sums of vectors.
 
 #define MIMFAST_LANE_FN MIMFAST_TARGET __attribute__((always_inline)) inline
 

@@ -147,12 +147,8 @@ inline int simd_bits = 512;  // see crop_resize_simd_bits
 // the widest instruction set of this machine that has at most simd_bits bits
 inline Loops loops() {
 #ifdef MIMFAST_X86
-  __builtin_cpu_init();
-  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (wide && simd_bits >= 512) return {avx512::across, avx512::down, avx512::normalize};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && simd_bits >= 256)
-    return {avx2::across, avx2::down, avx2::normalize};
+  if (lanes_here() >= 16 && simd_bits >= 512) return {avx512::across, avx512::down, avx512::normalize};
+  if (lanes_here() >= 8 && simd_bits >= 256) return {avx2::across, avx2::down, avx2::normalize};
 #endif
   return {base::across, base::down, base::normalize};
 }

@@ -1,9 +1,6 @@
 // Includes the file named by MIMFAST_LANES_FILE once for each set of instructions, in the namespaces base, avx2 and
 // avx512, with that set switched on and MIMFAST_LANES telling how many fp32 it computes at once. Without an include
 // guard. Templates are compiled where they are used and not where they stand: theirs need MIMFAST_TARGET themselves.
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 namespace base {
 #define MIMFAST_LANES 4
@@ -37,3 +34,15 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 #undef MIMFAST_LANES_FILE
+
+// 16 where this machine has the instructions of avx512, 8 where it has those of avx2, else 4
+inline int lanes_here() {
+#ifdef MIMFAST_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return 16;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 8;
+#endif
+  return 4;
+}

@@ -13,37 +13,11 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MIMFAST_X86 1
-#endif
-
 namespace mimfast {
 namespace {
 
-namespace base {
-#define MIMFAST_LANES 4
-#include "hog_lanes.h"
-#undef MIMFAST_LANES
-}  // namespace base
-
-#ifdef MIMFAST_X86
-#pragma GCC push_options
-#pragma GCC target("avx2")
-namespace avx2 {
-#define MIMFAST_LANES 8
-#include "hog_lanes.h"
-#undef MIMFAST_LANES
-}  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
-namespace avx512 {
-#define MIMFAST_LANES 16
-#include "hog_lanes.h"
-#undef MIMFAST_LANES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define MIMFAST_LANES_FILE "hog_lanes.h"
+#include "each_lanes.h"
 
 constexpr int32_t kMostLanes = 16;
 constexpr int64_t kPixelsPerThread = 1 << 17;  // about 0.1 ms of work, several times the cost of a thread
@@ -56,11 +30,8 @@ struct Loops {
 // the widest instruction set of this machine that has at most `bits` bits
 Loops loops(int bits) {
 #ifdef MIMFAST_X86
-  __builtin_cpu_init();
-  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (wide && bits >= 512) return {avx512::describe_row, avx512::spread8};
-  if (__builtin_cpu_supports("avx2") && bits >= 256) return {avx2::describe_row, avx2::spread8};
+  if (lanes_here() >= 16 && bits >= 512) return {avx512::describe_row, avx512::spread8};
+  if (lanes_here() >= 8 && bits >= 256) return {avx2::describe_row, avx2::spread8};
 #endif
   static_cast<void>(bits);
   return {base::describe_row, base::spread8};

@@ -1,5 +1,4 @@
-// The inner loops of hog_cpu.cpp, which includes this file once for each instruction set, inside a namespace and with
-// that set switched on; MIMFAST_LANES is how many fp32 it computes at once. A lane is a cell.
+// The inner loops of hog_cpu.cpp, see each_lanes.h. A lane is a cell.
 
 constexpr int kLanes = MIMFAST_LANES;
 using Floats = float __attribute__((vector_size(4 * kLanes)));

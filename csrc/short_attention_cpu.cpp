@@ -51,48 +51,16 @@ inline Group group_of(const ShortAttention& call, int64_t g) {
   return {0, first, std::min<int64_t>(std::max<int64_t>(call.cu_seqlens[g + 1], first), call.tokens) - first};
 }
 
-// one set of functions for each set of instructions; the best one is chosen when called
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MIMFAST_X86
-namespace wide16 {
-#define MIMFAST_LANES 16
-#define MIMFAST_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#include "attention_lanes.h"
-#include "short_attention_lanes.h"
-#undef MIMFAST_LANES
-#undef MIMFAST_TARGET
-#undef MIMFAST_LANE_FN
-}  // namespace wide16
-namespace wide8 {
-#define MIMFAST_LANES 8
-#define MIMFAST_TARGET __attribute__((target("avx2,fma")))
-#include "attention_lanes.h"
-#include "short_attention_lanes.h"
-#undef MIMFAST_LANES
-#undef MIMFAST_TARGET
-#undef MIMFAST_LANE_FN
-}  // namespace wide8
-#endif
-namespace wide4 {
-#define MIMFAST_LANES 4
-#define MIMFAST_TARGET
-#include "attention_lanes.h"
-#include "short_attention_lanes.h"
-#undef MIMFAST_LANES
-#undef MIMFAST_TARGET
-#undef MIMFAST_LANE_FN
-}  // namespace wide4
+#define MIMFAST_LANES_FILE "short_attention_lanes.h"
+#include "each_lanes.h"
 
 template <typename T>
 void run(const ShortAttention& call, int64_t longest, int64_t begin, int64_t end) {
-#if defined(MIMFAST_X86)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    return wide16::run_heads<T>(call, longest, begin, end);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return wide8::run_heads<T>(call, longest, begin, end);
+#ifdef MIMFAST_X86
+  if (lanes_here() >= 16) return avx512::run_heads<T>(call, longest, begin, end);
+  if (lanes_here() >= 8) return avx2::run_heads<T>(call, longest, begin, end);
 #endif
-  wide4::run_heads<T>(call, longest, begin, end);
+  base::run_heads<T>(call, longest, begin, end);
 }
 
 // rows that belong to no group

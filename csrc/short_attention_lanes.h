@@ -1,5 +1,6 @@
-// short_attention on vectors of MIMFAST_LANES floats; included after attention_lanes.h, once for each set of
-// instructions.
+// short_attention on vectors of MIMFAST_LANES floats, see each_lanes.h.
+
+#include "attention_lanes.h"
 
 // one head of one group
 struct Scratch {

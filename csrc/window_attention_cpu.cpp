@@ -117,49 +117,17 @@ struct Plan {
   }
 };
 
-// one set of functions for each set of instructions; the best one is chosen when called
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MIMFAST_X86
-namespace wide16 {
-#define MIMFAST_LANES 16
-#define MIMFAST_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#include "attention_lanes.h"
-#include "window_attention_lanes.h"
-#undef MIMFAST_LANES
-#undef MIMFAST_TARGET
-#undef MIMFAST_LANE_FN
-}  // namespace wide16
-namespace wide8 {
-#define MIMFAST_LANES 8
-#define MIMFAST_TARGET __attribute__((target("avx2,fma")))
-#include "attention_lanes.h"
-#include "window_attention_lanes.h"
-#undef MIMFAST_LANES
-#undef MIMFAST_TARGET
-#undef MIMFAST_LANE_FN
-}  // namespace wide8
-#endif
-namespace wide4 {
-#define MIMFAST_LANES 4
-#define MIMFAST_TARGET
-#include "attention_lanes.h"
-#include "window_attention_lanes.h"
-#undef MIMFAST_LANES
-#undef MIMFAST_TARGET
-#undef MIMFAST_LANE_FN
-}  // namespace wide4
+#define MIMFAST_LANES_FILE "window_attention_lanes.h"
+#include "each_lanes.h"
 
 template <typename T>
 void run(const WindowAttention& call, const Map& map, const Plan& plan, int most, std::atomic<int64_t>& free_item) {
-#if defined(MIMFAST_X86)
-  if (most >= 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    return wide16::run_items<T>(call, map, plan, free_item);
-  if (most >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return wide8::run_items<T>(call, map, plan, free_item);
+#ifdef MIMFAST_X86
+  if (most >= 16 && lanes_here() >= 16) return avx512::run_items<T>(call, map, plan, free_item);
+  if (most >= 8 && lanes_here() >= 8) return avx2::run_items<T>(call, map, plan, free_item);
 #endif
   static_cast<void>(most);
-  wide4::run_items<T>(call, map, plan, free_item);
+  base::run_items<T>(call, map, plan, free_item);
 }
 
 }  // namespace

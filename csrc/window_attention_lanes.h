@@ -1,6 +1,8 @@
-// The windows of one head, one after the other, on vectors of MIMFAST_LANES floats. Included behind attention_lanes.h,
-// in the same namespace. A window is gathered; scores and probabilities of a block of queries at a time stay in the
-// first caches and are recomputed in the backward.
+// The windows of one head, one after the other, on vectors of MIMFAST_LANES floats, see each_lanes.h. A window is
+// gathered; scores and probabilities of a block of queries at a time stay in the first caches and are recomputed in the
+// backward.
+
+#include "attention_lanes.h"
 
 // where the tokens of a window are; y = -1 for padding
 struct Tokens {
