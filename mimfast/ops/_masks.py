@@ -95,7 +95,8 @@ def select_ref(key_BU: Tensor, rows: int, cols: int, unit: int, counts: Counts) 
         return lists_ref(hidden_BL, counts.total, 0)
     plan = lists_ref(hidden_BL, None, rows * cols)
     hide = plan.hide[: B * rows * cols - counts.total].clone()
-    return plan._replace(keep=plan.keep[: counts.total].clone(), hide=hide, cu_seqlens=counts.cu_seqlens)
+    # not _replace, whose result torch 2.11 cannot give back from a compiled function
+    return MaskPlan(plan.keep[: counts.total].clone(), plan.inverse, plan.hidden, hide, counts.cu_seqlens)
 
 
 def tube_hidden(
