@@ -99,10 +99,15 @@ def restrict(
 
 @triton.jit
 def inverse_norms(x):
-    """1 / |row|, with norms of at least 1e-12; and the same as the gradient wants it, 0 for a row without a norm."""
+    """1 / |row|, with norms of at least 1e-12; and the same as the gradient wants it, 0 for a row without a norm.
+
+    In float16 a row of zeros, as the key of padding is, has 0: 1e12 would be inf there, and inf times the row NaN.
+    """
     wide = x.to(tl.float32)
     square_R = tl.sum(wide * wide, axis=1)
     inverse_R = 1.0 / tl.maximum(tl.sqrt_rn(square_R), 1e-12)
+    if x.dtype == tl.float16:
+        inverse_R = tl.where(square_R > 0.0, inverse_R, 0.0)
     return inverse_R, tl.where(inverse_R < 1e12, inverse_R, 0.0)
 
 
