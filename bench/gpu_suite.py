@@ -62,6 +62,9 @@ def stages(dry: bool, arch: str) -> list[Stage]:
         )
     if not dry:
         found.append(_tests("tests of methods and encoders", ["tests/methods", "tests/encoders"], 120))
+        found.append(
+            _tests("tests of the cache", ["tests/data/test_resident.py", "tests/data/test_resident_loader.py"], 60)
+        )
     if dry:
         return [*found, Stage("small shapes", [python, "bench/small_shapes.py"], 60, env={"TRITON_INTERPRET": "1"})]
     for tool in ("memcheck", "racecheck"):
