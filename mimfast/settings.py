@@ -237,6 +237,12 @@ def _network_rules(recipe: Recipe) -> list[_Rule]:
         ),
         (data.repeat > 0, "data.repeat", "1 or more", "it is a number of views of an image"),
     ]
+    if data.decoder == "dali_gpu":
+        why = "data.decoder 'dali_gpu' makes crops out of files and keeps no images"
+        rules.append((data.cache == "none", "data.cache", "'none'", why))
+        rules.append((data.cache_side is None, "data.cache_side", "none", why))
+        on_gpu = "another one with train.device cpu", "it works on the GPU of the run"
+        rules.append((recipe.train.device != "cpu", "data.decoder", *on_gpu))
     return rules
 
 
@@ -359,13 +365,17 @@ def fingerprint(recipe: Recipe) -> str:
 def changed(old: Recipe, new: Recipe) -> list[str]:
     """The settings that change what is learnt and differ, as 'section.key: old -> new'."""
     before, after = _learning(old), _learning(new)
-    return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
+    pairs = {key: (before.get(key, "another"), after.get(key, "another")) for key in before | after}
+    return [f"{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
 
 
 def _learning(recipe: Recipe) -> dict[str, Any]:
-    return {
+    found = {
         f"{section}.{key}": value
         for section, values in as_dict(recipe).items()
         for key, value in values.items()
         if section not in _HARMLESS and f"{section}.{key}" not in _HARMLESS_KEYS
     }
+    if recipe.data.decoder == "dali_gpu":  # the only one with pixels of its own
+        found["data.decoder"] = "dali_gpu"
+    return found

@@ -109,7 +109,10 @@ class DaliCrops:
         if img is None or len(batch.rows) < batch.size:
             whole = torch.empty(batch.size, 3, self.size, self.size, dtype=torch.uint8, device=self.device)
             if img is not None:
-                whole[torch.tensor(batch.rows, device=self.device)] = img
+                rows = torch.tensor(batch.rows)
+                if img.is_cuda:  # page-locked, so that the host does not wait
+                    rows = rows.pin_memory().to(img.device, non_blocking=True)
+                whole.index_copy_(0, rows, img)
             img = whole
         return Crops(img, batch.refused)
 

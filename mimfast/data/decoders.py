@@ -14,6 +14,7 @@ each decoder, so that the choice never decides which images are bad.
 - auto: torchcodec where it is installed, else pillow. bench/data/bench_throughput.py measures them; nvImageCodec is not
   faster than torchcodec on a CPU and several times larger.
 - dali: whole batches, see the loader; `open_decoder` does not open it.
+- dali_gpu: the same on a GPU, with crops that are only near those of the others, as DALI resizes them.
 """
 
 import importlib
@@ -32,7 +33,7 @@ from mimfast.data import dali
 from mimfast.data.decode import BadImage, decode
 from mimfast.data.header import Header, look
 
-DECODERS = ("auto", "pillow", "torchcodec", "nvimagecodec", "dali")
+DECODERS = ("auto", "pillow", "torchcodec", "nvimagecodec", "dali", "dali_gpu")
 
 # name -> module, what pip installs
 _PACKAGES = {
@@ -65,7 +66,7 @@ class _Portable:
         header = _plain_jpeg(data)
         if header is None:
             return decode(data, min_side)
-        shrink = _shrink(header, min_side)
+        shrink = reduction(header, min_side)
         try:
             pixels = self._jpeg(data, header, shrink)
         except MemoryError:
@@ -81,8 +82,8 @@ def open_decoder(name: str) -> Decoder:
     """The decoder of a name of DECODERS. Raises UserError for other names, and where the package is not installed."""
     if name not in DECODERS:
         fail("loader", "decoder", repr(name), " or ".join(map(repr, DECODERS)), "no other decoder is known")
-    if name == "dali":
-        fail("loader", "decoder", "'dali'", "one that takes image by image", "DALI takes whole batches")
+    if name.startswith("dali"):
+        fail("loader", "decoder", f"'{name}'", "one that takes image by image", "DALI takes whole batches")
     if name == "auto":
         name = "pillow" if why_not("torchcodec") else "torchcodec"
     reason = why_not(name)
@@ -95,6 +96,9 @@ def why_not(name: str) -> str | None:
     """Why a decoder of DECODERS cannot be used here, one sentence; None where it can."""
     if name == "dali":
         return dali.why_not()
+    if name == "dali_gpu":
+        gpu = torch.cuda.is_available()
+        return dali.why_not() if gpu else "loader: decoder 'dali_gpu' needs DALI and a CUDA GPU, torch sees no GPU here"
     if name not in _PACKAGES:
         return None
     module, package = _PACKAGES[name]
@@ -128,8 +132,9 @@ def _plain_jpeg(data: bytes) -> Header | None:
     return header if header.plain and header.format == "jpeg" else None
 
 
-def _shrink(header: Header, min_side: int | None) -> int:
-    """The largest of 1, 2, 4 and 8 that leaves both sides at least min_side pixels, as Pillow's `draft` chooses it."""
+def reduction(header: Header, min_side: int | None) -> int:
+    """What a JPEG is reduced by, as Pillow's `draft` chooses it: the largest of 1, 2, 4 and 8 that leaves both sides at
+    least min_side pixels."""
     most = 1 if min_side is None else min(header.width // min_side, header.height // min_side)
     return next((shrink for shrink in (8, 4, 2) if most >= shrink), 1)
 

@@ -21,9 +21,10 @@ from mimfast._check import UserError, fail
 from mimfast.data.bad import BadImages
 from mimfast.data.clock import StageClock, Tally
 from mimfast.data.crop import CropConfig, centre_box, crop_rows, crop_words, min_decoded_side
-from mimfast.data.decoders import open_decoder
+from mimfast.data.decoders import open_decoder, why_not
 from mimfast.data.fill import Batch, Filler, Reader, Work
 from mimfast.data.fill_dali import DaliFiller
+from mimfast.data.fill_dali_crops import DaliCropFiller
 from mimfast.data.order import sample_at
 from mimfast.data.resident import Resident
 from mimfast.data.sources import Source
@@ -50,8 +51,9 @@ class Loader:
     caller. crop: the random crop. prefetch: batches prepared ahead. cache_bytes: memory for decoded images.
     changes: other sizes to come, ascending by `at`; one takes effect with the first batch that begins at or after it,
     so that no sample is lost or repeated, and those before `start` have taken effect already. decoder: a name of
-    `decoders.DECODERS`; "dali" gives the batches of "pillow"; sources that keep pixels need none. repeat:
-    views of each image, neighbours in the order, with a crop of its own each; the image is decoded once for them.
+    `decoders.DECODERS`; "dali" gives the batches of "pillow"; sources that keep pixels need none; "dali_gpu" makes
+    batches on `device`, a CUDA device, for the current stream, with nearly the pixels of the others. repeat: views of
+    each image, neighbours in the order, with a crop of its own each; the image is decoded once for them.
     pin: batches in page-locked memory, for a GPU.
     resident: keeps what has been decoded for later epochs, see `resident.Resident`; when that is on a GPU, batches come
     from there, made on the current stream. It stays its owner's.
@@ -80,6 +82,8 @@ class Loader:
         repeat: int = 1,
         pin: bool = False,
         resident: Resident | None = None,
+        device: torch.device | str = "cuda",
+        _dali_on_cpu: bool = False,
     ) -> None:
         _check_arguments(source, size, batch_size, start, workers, rank, world, prefetch, repeat)
         _check_changes(changes)
@@ -88,7 +92,7 @@ class Loader:
         self.rank, self.world, self.workers, self.crop = rank, world, workers, crop
         self.repeat, self.clock = repeat, StageClock()
         self._pin, self._resident = pin, resident
-        self._decoder = open_decoder("pillow" if decoder == "dali" else decoder)
+        self._decoder = open_decoder("pillow" if decoder in ("dali", "dali_gpu") else decoder)
         self._cache_bytes = 0 if resident is not None and resident.device is not None else cache_bytes
         self._bad = BadImages()
         self._reader = self._open()
@@ -97,7 +101,11 @@ class Loader:
         self._prefetch = prefetch if workers else 0
         self._queue: deque[Work] = deque()
         self._planned: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque()
-        self._filler = (DaliFiller if decoder == "dali" else Filler)(workers, crop, seed, self.clock)
+        if decoder == "dali_gpu":
+            device = "cpu" if _dali_on_cpu else _gpu(device, resident)
+            self._filler: Filler = DaliCropFiller(workers, crop, seed, self.clock, device)
+        else:
+            self._filler = (DaliFiller if decoder == "dali" else Filler)(workers, crop, seed, self.clock)
         self._closed = False
 
     @property
@@ -225,6 +233,18 @@ def load_all(source: Source, size: int, workers: int = 0, bad: BadImages | None 
             bad.add(i, *found.pop(0))
     labels = None if source.classes is None else torch.tensor([source.label(i) for i in good])
     return img if len(good) == len(source) else img[good], labels
+
+
+def _gpu(device: torch.device | str, resident: Resident | None) -> str:
+    """The device of batches by 'dali_gpu'. Raises UserError."""
+    if resident is not None:
+        fail("loader", "decoder", "'dali_gpu'", "another one with a cache", "it makes crops out of files only")
+    reason = why_not("dali_gpu")
+    if reason:
+        raise UserError(reason)
+    if torch.device(device).type != "cuda":
+        fail("loader", "decoder", "'dali_gpu'", f"another one on {device}", "it works on the GPU of the run")
+    return str(device)
 
 
 def _check_arguments(

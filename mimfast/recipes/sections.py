@@ -89,8 +89,10 @@ class Data:
     """Filter that brings the crops to their size."""
     recolour: float = 0.0
     """Strength of random colour changes, 0 to 1, for sets of few images; 0: none."""
-    decoder: Literal["auto", "pillow", "torchcodec", "nvimagecodec", "dali"] = "auto"
-    """What decodes image files; auto: what measures fastest here. Stores of pixels need none."""
+    decoder: Literal["auto", "pillow", "torchcodec", "nvimagecodec", "dali", "dali_gpu"] = "auto"
+    """What decodes image files; auto: what measures fastest here. Stores of pixels need none. dali_gpu decodes
+    and crops on the GPU, with nearly the same pixels.
+    """
     repeat: int = 1
     """Views of each image in a batch, each with a crop and a mask of its own; the image is read and decoded once for
     them, and an epoch has as many samples as ever, so fewer images.

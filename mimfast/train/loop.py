@@ -138,7 +138,7 @@ def _run(job: _Job, claim: folder.Claim | None, train: Source, held_out: Source,
     with Loader(
         train, first.size, first.batch_size, recipe.train.seed, start, workers, crop, world.rank, world.size,
         changes=later, decoder=recipe.data.decoder, repeat=recipe.data.repeat, pin=world.device.type == "cuda",
-        resident=resident,
+        resident=resident, device=world.device,
     ) as loader:  # fmt: skip
         _introduce(job, train, held_out)
         if resident is not None and resident.plan is not None:
