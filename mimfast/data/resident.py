@@ -170,7 +170,8 @@ class Resident:
         if self.device is None:
             return
         if self.device.type == "cuda":
-            reason, self._impl = why_not_on("cuda", "cuda"), "cuda"
+            reason = why_not_on("cuda", "cuda") if torch.cuda.is_available() else "torch sees no GPU here"
+            self._impl = "cuda"
             if reason is not None:
                 fail("cache", "device", str(device), "'cpu'", reason)
         self._lay_out()
