@@ -13,37 +13,15 @@
 #include <utility>
 #include <vector>
 
+#include "attention_types.h"
 #include "parallel.h"
 
 namespace mimfast {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f;
 constexpr int64_t kItems = 128;   // chunks times heads to aim at: some for each core of a large machine
 constexpr int64_t kLongest = 16;  // windows of a chunk: their tokens stay in the second cache from head to head
 constexpr int64_t kProductsPerThread = 1 << 20;  // about 0.05 ms of work, several times the cost of a thread
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-
-#define MIMFAST_INLINE inline __attribute__((always_inline))  // a function left outside would be without vectors
-
-MIMFAST_INLINE float widen(float x) { return x; }
-MIMFAST_INLINE float widen(Bfloat16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof(wide));
-  return wide;
-}
-
-MIMFAST_INLINE void narrow(float x, float& to) { to = x; }
-MIMFAST_INLINE void narrow(float x, Bfloat16& to) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 
 // of the rolled map, padded to whole windows: where each row and column comes from (-1: padding), and its region; a
 // pair whose regions differ was brought together by the roll

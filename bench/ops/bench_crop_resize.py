@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mimfast.data.crop import CropConfig, crop_box, crop_words
+from mimfast.data.crop import CropConfig, crop_boxes, crop_words
 from mimfast.ops._choice import why_not_on
 from mimfast.ops.crop_resize import IMPLS, crop_resize
 from mimfast.testing.crop_resize import BENCH, BENCH_CPU, Case, make, pillow, torchvision
@@ -91,10 +91,9 @@ def raw_batches(file: Path, shapes: np.ndarray) -> Iterator[Tensor]:
     for start in range(0, len(ids), BATCH):
         chosen = ids[start : start + BATCH]
         words = crop_words(0, np.zeros_like(chosen), chosen)
-        drawn = [crop_box(w, width, height, config) for w, (height, width) in zip(words, shapes[chosen].tolist())]
-        boxes = torch.tensor([(b.top, b.left, b.height, b.width) for b, _ in drawn], dtype=torch.int32)
+        boxes, flip = map(torch.from_numpy, crop_boxes(words, shapes[chosen, 1], shapes[chosen, 0], config))
         places = {"offsets": torch.from_numpy(offsets[chosen]), "shapes": torch.from_numpy(shapes[chosen])}
-        yield crop_resize(buffer, boxes, torch.tensor([flip for _, flip in drawn]), SIZE, **places)
+        yield crop_resize(buffer, boxes, flip, SIZE, **places)
 
 
 def race_loaders(folder: Path, rounds: int) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ class StageClock(Tally):
             super().add(stage, seconds, images)
 
     def merge(self, tally: Tally) -> None:
-        """Add what `tally` holds; it may be used again after `Tally()` only."""
+        """Add what `tally` holds. A tally is merged once."""
         with self._lock:
             for stage in STAGES:
                 self.seconds[stage] += tally.seconds[stage]

@@ -84,13 +84,6 @@ def crop_boxes(
     return np.stack([top, left, box_height, box_width], 1).astype(np.int32), flip
 
 
-def crop_box(words: np.ndarray, width: int, height: int, config: CropConfig) -> tuple[Box, bool]:
-    """`crop_boxes` for one image: the box in pixels, and flip. words: one row of `crop_words`."""
-    boxes, flip = crop_boxes(words[None], np.array([width]), np.array([height]), config)
-    top, left, box_height, box_width = boxes[0].tolist()
-    return Box(left, top, box_width, box_height), bool(flip[0])
-
-
 def centre_box(width: int, height: int) -> Box:
     """The largest centred square: short side resized, then the centre cut, in one step."""
     side = min(width, height)

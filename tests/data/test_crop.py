@@ -7,14 +7,19 @@ from PIL import Image
 
 from mimfast import _native
 from mimfast._check import UserError
-from mimfast.data.crop import Box, CropConfig, centre_box, crop_box, crop_rows, crop_words, min_decoded_side
+from mimfast.data.crop import Box, CropConfig, centre_box, crop_boxes, crop_rows, crop_words, min_decoded_side
 from mimfast.ops.crop_resize import crop_resize
 from mimfast.testing.images import noise, picture
 
 
+def boxes_of(words, width, height, config):
+    """(Box, flip) for each row of words, of images of one size."""
+    found, flips = crop_boxes(words, np.full(len(words), width), np.full(len(words), height), config)
+    return [(Box(left, top, wide, tall), flip) for (top, left, tall, wide), flip in zip(found.tolist(), flips.tolist())]
+
+
 def boxes(width, height, config, n=3000, seed=5):
-    words = crop_words(seed, np.zeros(n, np.int64), np.arange(n))
-    return [crop_box(row, width, height, config) for row in words]
+    return boxes_of(crop_words(seed, np.zeros(n, np.int64), np.arange(n)), width, height, config)
 
 
 def distance(samples, cdf):
@@ -73,9 +78,9 @@ def test_pure_function_of_seed_epoch_and_id():
     config = CropConfig()
     together = crop_words(1, np.array([0, 4, 4]), np.array([7, 7, 8]))
     for row, (epoch, sample) in enumerate([(0, 7), (4, 7), (4, 8)]):
-        alone = crop_words(1, np.array([epoch]), np.array([sample]))[0]
-        assert crop_box(alone, 500, 375, config) == crop_box(together[row], 500, 375, config)
-    assert len({crop_box(row, 5000, 3750, config) for row in together}) == 3
+        alone = crop_words(1, np.array([epoch]), np.array([sample]))
+        assert boxes_of(alone, 500, 375, config) == boxes_of(together, 500, 375, config)[row : row + 1]
+    assert len(set(boxes_of(together, 5000, 3750, config))) == 3
 
 
 def test_flip_can_be_off():
